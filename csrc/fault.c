@@ -1,0 +1,233 @@
+/* SPDX-License-Identifier: MIT
+ * fault.c - the SIGSEGV and SIGBUS handlers.
+ *
+ * A fault in a window is served in the faulting thread: a write by scratch.c, at once; a read of an absent block
+ * by asking a loader and sleeping. Everything else goes on to the handler that was there before us. All signals
+ * are blocked while we are inside (a handler of the application must not run on top of our locks), so a signal
+ * that the previous handler raised again is pending when it returns: then it wants the default action. */
+#include "internal.h"
+
+static struct sigaction previous[2][2]; /* [SEGV, BUS][generation & 1]: replaced while a handler may read it */
+static struct sigaction *_Atomic current_previous[2];
+static pthread_mutex_t install_lock = PTHREAD_MUTEX_INITIALIZER;
+
+ZB_TLS struct {
+    const char *address;
+    unsigned times;
+} tls_spurious;
+
+/* A fault that finds its page mapped as it should be was overtaken by another thread. If that goes on at one
+ * address, something changed the mapping behind our back: a crash is better than a hang. */
+#define SPURIOUS_LIMIT 10000u
+
+ZB_IN_HANDLER static bool attached(void)
+{
+    if (!zb_g.hooks.current) return false;
+    void *state = zb_g.hooks.current();
+    return state && (!zb_g.hooks.this_thread || zb_g.hooks.this_thread() == state);
+}
+
+ZB_IN_HANDLER static void notice(const zb_space *s, uint64_t position, int error)
+{
+    if (atomic_load(&zb_g.shut)) return;
+    zb_request r = {.space = s->id,
+                    .position = position,
+                    .thread = (uint64_t)pthread_self(),
+                    .want = ZB_WANT_NOTICE,
+                    .error = error};
+    zb_request_put(&r);
+}
+
+/* Nobody can load this block any more: 0xFF bytes. */
+ZB_IN_HANDLER static bool poison(zb_window *w, uint64_t b)
+{
+    if (zb_block_absent(w, b)) return false;
+    uint32_t slotno = ZB_SLOT(w->table[b]);
+    static const zb_slot none;
+    const zb_slot *slot = slotno ? &w->space->slots[slotno - 1] : &none;
+    for (unsigned p = 0, q; p < ZB_PAGES_PER_BLOCK; p = q) {
+        q = zb_same(slot, p, ZB_PAGES_PER_BLOCK);
+        if (zb_is_dirty(slot, p)) continue;
+        if (mmap(w->base + b * ZB_BLOCK + p * ZB_PAGE, (q - p) * ZB_PAGE, PROT_READ, MAP_PRIVATE | MAP_FIXED,
+                 zb_g.poison_fd, (off_t)(p * ZB_PAGE)) == MAP_FAILED)
+            return false;
+    }
+    w->table[b] = ZB_ENTRY(slotno, ZB_CLEAN);
+    return true;
+}
+
+ZB_IN_HANDLER static bool spurious(const char *at)
+{
+    ZB_COUNT(spurious, 1);
+    if (tls_spurious.address != at) {
+        tls_spurious.address = at;
+        tls_spurious.times = 0;
+    }
+    return ++tls_spurious.times < SPURIOUS_LIMIT;
+}
+
+typedef enum { DONE, FOREIGN, LOAD } verdict;
+
+/* One look at the fault with the space locked. LOAD: the block is (now) being filled; *ask if by us. */
+ZB_IN_HANDLER static verdict look(zb_space *s, const char *at, const void *ucontext, bool *bus, bool slept,
+                                  zb_request *ask)
+{
+    zb_window *w = zb_find_window(s, at);
+    if (!w) return FOREIGN;
+    uint64_t position = w->start + (uint64_t)(at - w->base), b = (uint64_t)(at - w->base) / ZB_BLOCK;
+    uint32_t e = w->table[b];
+    if (ZB_SLOT(e) && zb_is_dirty(&s->slots[ZB_SLOT(e) - 1], (unsigned)(position % ZB_BLOCK / ZB_PAGE)))
+        return !*bus && spurious(at) ? DONE : FOREIGN;
+    if (*bus && (ZB_KIND(e) == ZB_CLEAN || ZB_KIND(e) == ZB_HOLE)) {
+        /* The file under the mapping is shorter than it was: what is left of it is not to be trusted. */
+        ZB_COUNT(bus_faults, 1);
+        zb_block_absent(w, b);
+        ask->want |= ZB_WANT_CHECK;
+        *bus = false;
+    }
+    e = w->table[b];
+    if (ZB_KIND(e) == ZB_CLEAN || ZB_KIND(e) == ZB_HOLE) {
+        if (slept) return DONE; /* the fill came; run the instruction again */
+        if (zb_is_write(ucontext) == 0) return spurious(at) ? DONE : FOREIGN;
+        ZB_COUNT(write_faults, 1);
+        tls_spurious.address = NULL;
+        int r = s->closed ? -ENOTCONN : zb_write_fault(w, position);
+        if (r == 0) return DONE;
+        if (r != -EFAULT) {
+            int first = zb_overflow(w, position, -r);
+            if (first < 0) return FOREIGN; /* not even that: a crash is what is left */
+            ask->want = first ? ZB_WANT_NOTICE : 0;
+            ask->position = position;
+            ask->error = -r;
+            return DONE;
+        }
+        zb_block_absent(w, b); /* copying found what SIGBUS finds */
+        ask->want |= ZB_WANT_CHECK;
+        e = w->table[b];
+    }
+    if (s->closed || atomic_load(&zb_g.shut)) {
+        if (!poison(w, b)) return FOREIGN;
+        ask->want = ZB_WANT_NOTICE;
+        ask->position = position;
+        ask->error = ENOTCONN;
+        return DONE;
+    }
+    if (ZB_KIND(e) == ZB_ABSENT) {
+        ZB_COUNT(read_faults, 1);
+        w->table[b] = ZB_ENTRY(ZB_SLOT(e), ZB_FILLING);
+        ask->want |= ZB_WANT_FILL;
+        ask->position = w->start + b * ZB_BLOCK;
+    } else {
+        ask->want = 0;
+    }
+    return LOAD;
+}
+
+ZB_IN_HANDLER static bool serve_in(zb_space *s, const char *at, const void *ucontext, bool bus)
+{
+    void *state = NULL;
+    bool slept = false;
+    verdict v;
+    for (;;) {
+        zb_request ask = {.space = s->id, .thread = (uint64_t)pthread_self()};
+        zb_lock(&s->lock);
+        v = look(s, at, ucontext, &bus, slept, &ask);
+        uint32_t seen = atomic_load_explicit(&s->seq, memory_order_acquire);
+        zb_unlock(&s->lock);
+        if (ask.want & ZB_WANT_NOTICE)
+            notice(s, ask.position, ask.error);
+        else if (ask.want & ZB_WANT_FILL)
+            zb_request_put(&ask);
+        if (v != LOAD) break;
+        /* The loader is Python: it needs the interpreter's lock, which this thread may hold. */
+        if (!state && attached()) state = zb_g.hooks.detach();
+        ZB_COUNT(waits, 1);
+        zb_futex_wait(&s->seq, seen);
+        slept = true;
+    }
+    if (state) zb_g.hooks.attach(state);
+    return v == DONE;
+}
+
+ZB_IN_HANDLER static void tell_child(void)
+{
+    static const char text[] = "dask_zbig: this process was forked from one that had opened a ZBigArray, and now "
+                               "touches a view of it. Open the database again in the child, or use 'spawn'.\n";
+    ssize_t n = write(STDERR_FILENO, text, sizeof text - 1);
+    (void)n;
+}
+
+ZB_IN_HANDLER static bool serve(int sig, const siginfo_t *si, const void *ucontext)
+{
+    if (zb_busy || zb_is_loader()) return false;
+    if (sig == SIGSEGV ? si->si_code != SEGV_ACCERR && si->si_code != SEGV_MAPERR : si->si_code != BUS_ADRERR)
+        return false;
+    zb_space *s = zb_find_space(si->si_addr);
+    if (!s) return false;
+    bool served = false;
+    if (s->forked)
+        tell_child();
+    else
+        served = serve_in(s, si->si_addr, ucontext, sig == SIGBUS);
+    zb_space_unref(s);
+    return served;
+}
+
+/* -- chaining ------------------------------------------------------------------------------------------------- */
+
+ZB_IN_HANDLER static void set_default(int sig)
+{
+    struct sigaction dfl;
+    memset(&dfl, 0, sizeof dfl);
+    dfl.sa_handler = SIG_DFL;
+    sigaction(sig, &dfl, NULL);
+}
+
+ZB_IN_HANDLER static void chain(int sig, siginfo_t *si, void *ucontext)
+{
+    ZB_COUNT(chained, 1);
+    const struct sigaction *p = atomic_load(&current_previous[sig == SIGBUS]);
+    if (!p || (!(p->sa_flags & SA_SIGINFO) && (p->sa_handler == SIG_DFL || p->sa_handler == SIG_IGN))) {
+        set_default(sig);
+        if (si->si_code <= 0) raise(sig); /* from kill(): it will not happen again by itself */
+        return;                           /* else the instruction runs again, and dumps core where it stands */
+    }
+    if (p->sa_flags & SA_SIGINFO)
+        p->sa_sigaction(sig, si, ucontext);
+    else
+        p->sa_handler(sig);
+    sigset_t pending;
+    if (!sigpending(&pending) && sigismember(&pending, sig)) set_default(sig);
+}
+
+static void on_fault(int sig, siginfo_t *si, void *ucontext)
+{
+    int saved = errno;
+    if (!serve(sig, si, ucontext)) chain(sig, si, ucontext);
+    errno = saved;
+}
+
+static int install(int sig)
+{
+    unsigned i = sig == SIGBUS;
+    struct sigaction now, ours;
+    if (sigaction(sig, NULL, &now)) return -errno;
+    if (now.sa_flags & SA_SIGINFO && now.sa_sigaction == on_fault) return 0;
+    struct sigaction *slot = &previous[i][atomic_load(&current_previous[i]) == &previous[i][0]];
+    *slot = now;
+    atomic_store(&current_previous[i], slot);
+    memset(&ours, 0, sizeof ours);
+    ours.sa_sigaction = on_fault;
+    ours.sa_flags = SA_SIGINFO | SA_ONSTACK;
+    sigfillset(&ours.sa_mask);
+    return sigaction(sig, &ours, NULL) ? -errno : 0;
+}
+
+int zb_handlers(void)
+{
+    pthread_mutex_lock(&install_lock);
+    int r = install(SIGSEGV);
+    if (!r) r = install(SIGBUS);
+    pthread_mutex_unlock(&install_lock);
+    return r;
+}

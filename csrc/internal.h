@@ -1,0 +1,166 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * internal.h - what the core's files share.
+ *
+ * Lock order: registry lock -> space lock -> queue lock. A thread that holds one has tls_busy set: a fault it
+ * takes itself is a bug of ours and goes to the next handler instead of deadlocking. No lock is ever held while
+ * sleeping for a fill or while taking the interpreter's lock, and no allocator is called under one: a faulting
+ * thread may hold the allocator's lock.
+ *
+ * ZB_IN_HANDLER marks what a signal handler can reach: no malloc, no stdio, raw system calls (errno is
+ * preserved by the handler), little stack.
+ */
+#ifndef ZBIG_INTERNAL_H
+#define ZBIG_INTERNAL_H
+
+#define _GNU_SOURCE
+#include "zbig.h"
+
+#include <errno.h>
+#include <limits.h>
+#include <linux/futex.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define ZB_IN_HANDLER
+#define ZB_TLS static __thread __attribute__((tls_model("initial-exec")))
+#define ZB_PAGES_PER_BLOCK ((unsigned)(ZB_BLOCK / ZB_PAGE))
+#define ZB_PATH 4096
+
+/* -- a mutex that works in signal handlers, for threads only (no priority, no robustness) -------------------- */
+
+typedef _Atomic uint32_t zb_mutex; /* 0 free, 1 held, 2 held and waited for */
+
+extern __thread uint32_t zb_busy __attribute__((tls_model("initial-exec"), visibility("hidden")));
+
+ZB_IN_HANDLER static inline void zb_futex_wait(_Atomic uint32_t *word, uint32_t value)
+{
+    syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, value, NULL, NULL, 0);
+}
+
+ZB_IN_HANDLER static inline void zb_futex_wake(_Atomic uint32_t *word, int n)
+{
+    syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, n, NULL, NULL, 0);
+}
+
+ZB_IN_HANDLER static inline void zb_lock(zb_mutex *m)
+{
+    zb_busy++;
+    uint32_t free_ = 0;
+    if (atomic_compare_exchange_strong_explicit(m, &free_, 1, memory_order_acquire, memory_order_relaxed)) return;
+    while (atomic_exchange_explicit(m, 2, memory_order_acquire) != 0) zb_futex_wait(m, 2);
+}
+
+ZB_IN_HANDLER static inline void zb_unlock(zb_mutex *m)
+{
+    if (atomic_exchange_explicit(m, 0, memory_order_release) == 2) zb_futex_wake(m, 1);
+    zb_busy--;
+}
+
+/* -- state --------------------------------------------------------------------------------------------------- */
+
+/* A window's table has one entry a block: the kind in the low two bits, above them the slot number plus one of
+ * the block's dirty pages in the current generation, or 0. */
+enum { ZB_ABSENT, ZB_FILLING, ZB_HOLE, ZB_CLEAN };
+#define ZB_KIND(e) ((e) & 3u)
+#define ZB_SLOT(e) ((e) >> 2)
+#define ZB_ENTRY(slot, kind) ((uint32_t)(slot) << 2 | (uint32_t)(kind))
+
+struct zb_window {
+    zb_space *space;
+    char *base;          /* of block 0; a multiple of ZB_BLOCK */
+    char *reserved;      /* what was mmapped, with its length */
+    size_t reserved_len;
+    uint64_t start;      /* position of base */
+    uint64_t blocks;
+    uint32_t *table;
+    uint64_t maps;       /* its share of the count of mappings */
+    zb_window *next;     /* in the space */
+};
+
+/* The dirty pages of one block, in the current generation. Slot i lies in file `file` at `offset`. */
+typedef struct {
+    uint64_t block;
+    uint64_t file;
+    uint64_t offset;
+    uint64_t bits[ZB_PAGES_PER_BLOCK / 64];
+} zb_slot;
+
+#define ZB_NO_FILE UINT64_MAX /* a slot whose pages are private memory: the scratch failed */
+#define ZB_STREAMS 8
+
+struct zb_space {
+    zb_mutex lock;
+    _Atomic uint32_t seq; /* futex: bumped when anything was filled or dropped */
+    _Atomic uint32_t refs;
+    uint64_t id, epoch, limit;
+    zb_window *windows;
+    bool closed, forked;
+    int error;
+
+    zb_slot *slots; /* mmapped, grown by mremap */
+    size_t nslots, slots_cap;
+    uint64_t dirty_pages;
+    uint64_t file, first_file; /* number of the file being filled; of the first of this generation */
+    unsigned in_file;          /* slots used in it */
+    int fd;                    /* open while the generation grows, else -1 */
+    char directory[ZB_PATH], prefix[128];
+
+    struct {
+        uint64_t next_page;
+        uint32_t unit;
+    } streams[ZB_STREAMS];
+    unsigned stream_clock;
+};
+
+extern struct zb_globals {
+    zb_mutex registry_lock;
+    zb_window **registry; /* sorted by base */
+    size_t nwindows, registry_cap;
+    zb_hooks hooks;
+    bool initialised;
+    _Atomic bool shut;
+    int poison_fd;
+    struct {
+        _Atomic uint64_t read_faults, write_faults, bus_faults, spurious, chained;
+        _Atomic uint64_t waits, fills, stale_fills, bytes_copied, overflows, mappings;
+    } count;
+} zb_g __attribute__((visibility("hidden")));
+
+#define ZB_COUNT(name, n) atomic_fetch_add_explicit(&zb_g.count.name, (n), memory_order_relaxed)
+
+/* -- window.c */
+ZB_IN_HANDLER zb_space *zb_find_space(const char *address); /* referenced, or NULL */
+ZB_IN_HANDLER zb_window *zb_find_window(zb_space *s, const char *address);
+ZB_IN_HANDLER void zb_space_unref(zb_space *s);
+ZB_IN_HANDLER int zb_block_absent(zb_window *w, uint64_t block); /* block: index in the window */
+ZB_IN_HANDLER void zb_wake(zb_space *s);
+
+/* -- scratch.c */
+ZB_IN_HANDLER int zb_write_fault(zb_window *w, uint64_t position);
+ZB_IN_HANDLER int zb_overflow(zb_window *w, uint64_t position, int error); /* 1: the generation's first */
+ZB_IN_HANDLER void zb_slots_free(zb_space *s);
+int zb_show_dirty(zb_window *w, const zb_slot *slot, unsigned lo, unsigned hi); /* its dirty pages there */
+ZB_IN_HANDLER static inline bool zb_is_dirty(const zb_slot *slot, unsigned page)
+{
+    return slot->bits[page / 64] >> (page % 64) & 1;
+}
+/* The end of the run of pages from `page` that are all dirty (or all not) below `end`. */
+ZB_IN_HANDLER unsigned zb_same(const zb_slot *slot, unsigned page, unsigned end);
+
+/* -- request.c */
+ZB_IN_HANDLER void zb_request_put(const zb_request *r);
+ZB_IN_HANDLER bool zb_is_loader(void);
+void zb_request_fork(void);
+void zb_request_shutdown(void);
+
+/* -- arch.c: 1 a write, 0 a read, -1 unknown */
+ZB_IN_HANDLER int zb_is_write(const void *ucontext);
+
+#endif

@@ -1,0 +1,1 @@
+"""What NumPy users see."""

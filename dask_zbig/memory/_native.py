@@ -1,0 +1,88 @@
+"""The only importer of the compiled core: starts it, and turns its return codes into exceptions.
+
+The core (see ``csrc/zbig.h``) is C without ``Python.h``. What its signal handler must know of the
+interpreter, whether the faulting thread holds the GIL and how to give it up, is handed to it here as
+function pointers. ``PyGILState_Check`` is not among them: it is always 1 once a subinterpreter existed.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import errno
+import os
+import sys
+import threading
+from typing import Any
+
+from dask_zbig.errors import ClosedError, ScratchError, WindowError, ZBigError
+from dask_zbig.memory._zbig import ffi, lib
+
+__all__ = ["BLOCK", "PAGE", "check", "counters", "ffi", "lib", "start"]
+
+PAGE: int = lib.ZB_PAGE
+BLOCK: int = lib.ZB_BLOCK
+
+_started = False
+_start_lock = threading.Lock()
+
+
+def _pointer(name: str) -> int:
+    address = ctypes.cast(getattr(ctypes.pythonapi, name), ctypes.c_void_p).value
+    if address is None:
+        raise ZBigError(f"this Python has no {name}()")
+    return address
+
+
+def _hooks() -> Any:
+    hooks = ffi.new("zb_hooks *")
+    current = "PyThreadState_GetUnchecked" if sys.version_info >= (3, 13) else "_PyThreadState_UncheckedGet"
+    hooks.current = ffi.cast("void *(*)(void)", _pointer(current))
+    if sys.version_info < (3, 12):  # there it is the GIL's holder, not this thread's own state
+        hooks.this_thread = ffi.cast("void *(*)(void)", _pointer("PyGILState_GetThisThreadState"))
+    hooks.detach = ffi.cast("void *(*)(void)", _pointer("PyEval_SaveThread"))
+    hooks.attach = ffi.cast("void (*)(void *)", _pointer("PyEval_RestoreThread"))
+    return hooks
+
+
+def start() -> None:
+    """Start the core if need be, and make sure that its signal handlers are (still) in place.
+
+    Called whenever a window is made and at every transaction boundary: ``faulthandler.enable()`` and
+    others replace handlers. Costs about a microsecond.
+    """
+    global _started
+    if not _started:
+        with _start_lock:
+            if not _started:
+                check(lib.zb_init(_hooks()), "start the memory core")
+                # At exit loaders stop: whoever still touches an absent page must not wait for ever.
+                atexit.register(lib.zb_shutdown)
+                _started = True
+    check(lib.zb_handlers(), "install the SIGSEGV handler")
+
+
+def check(result: int, what: str) -> None:
+    """Raise the exception that fits a negative errno returned by the core."""
+    if result >= 0:
+        return
+    number = -result
+    text = f"cannot {what}: {os.strerror(number)}"
+    if number == errno.ENOMEM:
+        raise WindowError(
+            f"{text}. The process is out of address space or of mappings "
+            f"(see `ulimit -v` and /proc/sys/vm/max_map_count); use smaller slices"
+        )
+    if number == errno.ENOTCONN:
+        raise ClosedError(f"{text}: the connection of this array is closed")
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOENT, errno.EACCES, errno.EROFS):
+        raise ScratchError(number, text)
+    raise ZBigError(text)
+
+
+def counters() -> dict[str, int]:
+    """What the core counted since the process started: faults, fills, waits, bytes copied, mappings."""
+    count = ffi.new("zb_count *")
+    lib.zb_counters(count)
+    names = [name for name, _ in ffi.typeof("zb_count").fields]
+    return {name: int(getattr(count, name)) for name in names}

@@ -1,0 +1,111 @@
+"""Loader threads: they take what faulting threads want from the core's queue and have it filled.
+
+A faulting thread sleeps in a signal handler, wherever it was: it may hold any lock of the application. So a
+loader never logs, never takes a lock that is held around access to a view, and never touches managed memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+import time
+
+from dask_zbig.config import get
+from dask_zbig.errors import ClosedError, LoadError, ScratchError, ZBigError
+from dask_zbig.memory._native import BLOCK, ffi, lib
+from dask_zbig.memory.space import Space, StaleFill, find_space
+
+__all__ = ["ensure_loaders"]
+
+#: A load may wait for a server: others must not wait behind it.
+THREADS = 4
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.02, 1.0
+
+_lock = threading.Lock()
+_pid = 0
+
+
+def ensure_loaders() -> None:
+    """Start the loader threads of this process, once."""
+    global _pid
+    if _pid == os.getpid():
+        return
+    with _lock:
+        if _pid == os.getpid():
+            return
+        for k in range(THREADS):
+            threading.Thread(target=_run, name=f"zbig-loader-{k}", daemon=True).start()
+        _pid = os.getpid()
+
+
+def _run() -> None:
+    request = ffi.new("zb_request *")
+    while lib.zb_request_next(request) == 0:
+        space = find_space(request.space)
+        if space is None:
+            continue
+        if request.want & lib.ZB_WANT_NOTICE:
+            _raise_in(request.thread, _notice(request.error, request.position))
+        if request.want & lib.ZB_WANT_FILL:
+            recheck = bool(request.want & lib.ZB_WANT_CHECK)
+            _fill(space, request.position, request.thread, recheck)
+        del space
+
+
+def _notice(number: int, position: int) -> ZBigError:
+    text = f"byte {position} of an array: {os.strerror(number)}"
+    if number == 107:  # ENOTCONN, from a space that was closed
+        return ClosedError(f"a view was used after the connection of its array had been closed ({text})")
+    return ScratchError(number, f"a change could not be kept and the transaction must be aborted ({text})")
+
+
+def _fill(space: Space, lo: int, thread: int, recheck: bool) -> None:
+    """Serve one block, trying again until the deadline; then let it be 0xFF and say so."""
+    deadline = time.monotonic() + get("load-timeout")
+    pause = _FIRST_PAUSE
+    while True:
+        service = space.service
+        try:
+            if service is None:
+                raise ClosedError("the array's connection is gone")
+            service.serve(lo, lo + BLOCK, recheck)
+            return
+        except StaleFill:
+            return  # whoever waits was woken by what made it stale, and asks again
+        except BaseException as error:  # noqa: BLE001 - any error must reach the thread that waits
+            permanent = isinstance(error, ClosedError)
+            if permanent or time.monotonic() + pause > deadline:
+                _give_up(space, lo, thread, error)
+                return
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+def _give_up(space: Space, lo: int, thread: int, error: BaseException) -> None:
+    """Order matters: nothing may be committed and the thread must know, before it is woken."""
+    service = space.service
+    epoch = space.epoch
+    if service is not None:
+        service.failed(lo, lo + BLOCK, error)
+    loud = error if isinstance(error, ZBigError) else LoadError(f"{type(error).__name__}: {error}")
+    _raise_in(thread, loud)
+    poison = (lo, lo + BLOCK, 0, lib.zb_poison_fd())
+    for window in space.windows():
+        if window.start <= lo < window.stop:
+            try:
+                window.fill(epoch, lo, lo + BLOCK, [poison])
+            except StaleFill:
+                return
+
+
+def _raise_in(thread: int, error: ZBigError) -> None:
+    """Raise asynchronously. The interpreter wants a class, which it calls with no argument."""
+    cls = type(error)
+    args = error.args
+
+    def init(self: ZBigError) -> None:
+        super(cls, self).__init__(*args)
+
+    loud = type(cls.__name__, (cls,), {"__init__": init, "__module__": cls.__module__})
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(loud))

@@ -1,0 +1,130 @@
+"""How a range of a file is to appear in memory: which pages are mapped from which file. Pure.
+
+A page can be mapped straight from a segment's file if all of it comes from there, at the same offset modulo
+the page size. Pages made of several pieces (of different segments, of bytes held in objects, of data and
+hole) must be *composed*: their bytes are copied together into a cache file, which is mapped instead. So
+are short runs, because a mapping costs more than a copy of a few pages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Piece", "Source", "plan"]
+
+PAGE = 4096
+#: Shorter runs are copied rather than mapped: 64 KiB.
+MIN_DIRECT = 16 * PAGE
+
+
+class Source(Protocol):
+    """Where bytes come from: a segment or a scratch file.
+
+    All methods may be called from any thread, without the user's Connection, and raise `LoadError`.
+    """
+
+    @property
+    def length(self) -> int:
+        """Number of bytes."""
+
+    def local(self) -> bool:
+        """Whether the bytes can be had without asking a server."""
+
+    def fileno(self) -> int | None:
+        """An open descriptor of a file that holds the bytes, valid while the source lives; or None."""
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Bytes [offset, offset + size)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Pages [start, stop) of the file.
+
+    A hole if `kind` is "hole", mapped from `source` at `offset` if "direct", else to be composed.
+    """
+
+    start: int
+    stop: int
+    kind: str
+    source: int = -1
+    offset: int = 0
+
+
+def _down(x: int) -> int:
+    return x - x % PAGE
+
+
+def _up(x: int) -> int:
+    return -(-x // PAGE) * PAGE
+
+
+def _direct(
+    extents: npt.NDArray[np.void], sources: Sequence[Source], lo: int, hi: int
+) -> Iterator[tuple[int, int, int, int]]:
+    """The stretches (start, stop, source, offset) that can be mapped straight from files."""
+    rows = extents.tolist()
+    for i, (start, stop, index, offset) in enumerate(rows):
+        if (start - offset) % PAGE or stop - start < MIN_DIRECT:
+            continue
+        source = sources[index]
+        first, last = _up(start), _down(stop)
+        ends_file = offset + (stop - start) == source.length
+        next_start = rows[i + 1][0] if i + 1 < len(rows) else hi
+        if ends_file and last < stop <= hi and next_start >= _up(stop):
+            last = _up(stop)  # the kernel shows zeros after a file's end, as the hole there wants
+        first, last = max(first, lo), min(last, hi)
+        if last - first < MIN_DIRECT or source.fileno() is None:
+            continue
+        yield first, last, index, offset + (first - start)
+
+
+def plan(extents: npt.NDArray[np.void], sources: Sequence[Source], lo: int, hi: int) -> list[Piece]:
+    """Cover [lo, hi) by pieces.
+
+    Parameters
+    ----------
+    extents
+        Sorted and disjoint (see `dask_zbig.storage.extents`), within [lo, hi).
+    sources
+        By the extents' segment index.
+    lo, hi
+        Multiples of the page size.
+
+    Returns
+    -------
+    list of Piece
+        Sorted, adjacent, covering [lo, hi).
+    """
+    direct = list(_direct(extents, sources, lo, hi))
+    # Pages that some extent touches, merged to runs; what `direct` leaves of them is to be composed.
+    touched: list[list[int]] = []
+    for start, stop in zip(extents["start"].tolist(), extents["stop"].tolist(), strict=True):
+        first, last = _down(start), _up(stop)
+        if touched and first <= touched[-1][1]:
+            touched[-1][1] = max(touched[-1][1], last)
+        else:
+            touched.append([first, last])
+    pieces: list[Piece] = []
+    at, d = lo, 0
+    for first, last in touched:
+        if at < first:
+            pieces.append(Piece(at, first, "hole"))
+            at = first
+        while d < len(direct) and direct[d][0] < last:
+            start, stop, index, offset = direct[d]
+            if at < start:
+                pieces.append(Piece(at, start, "compose"))
+            pieces.append(Piece(start, stop, "direct", index, offset))
+            at, d = stop, d + 1
+        if at < last:
+            pieces.append(Piece(at, last, "compose"))
+            at = last
+    if at < hi:
+        pieces.append(Piece(at, hi, "hole"))
+    return pieces

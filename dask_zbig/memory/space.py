@@ -1,0 +1,298 @@
+"""Spaces, windows and views: a file's bytes as ndarrays.
+
+A `Space` is one file's bytes in this process; a `Window` is a reserved address range onto a part of it. What
+lies behind the bytes is the business of the space's `Service`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import secrets
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from dask_zbig.errors import ForkError
+from dask_zbig.memory._native import BLOCK, check, ffi, lib, start
+
+__all__ = ["RUN", "Generation", "Service", "Space", "StaleFill", "Window", "find_space"]
+
+#: Runs of dirty pages: [start, stop) of the file lies in scratch file `file` at `offset`.
+RUN = np.dtype([("start", "<u8"), ("stop", "<u8"), ("offset", "<u8"), ("file", "<u8")])
+_PIECE = np.dtype([("start", "<u8"), ("stop", "<u8"), ("offset", "<i8"), ("fd", "<i8")])
+_ESTALE = 116
+
+_ids = itertools.count(1)
+_spaces: weakref.WeakValueDictionary[int, Space] = weakref.WeakValueDictionary()
+
+
+class StaleFill(Exception):
+    """A fill came after the bytes it was planned for had changed: plan again."""
+
+
+class Service(Protocol):
+    """What a loader asks of the owner of a space. Called from loader threads."""
+
+    def serve(self, lo: int, hi: int, recheck: bool) -> None:
+        """Fill the blocks [lo, hi), or raise; `recheck`: what was mapped there had become too short."""
+
+    def failed(self, lo: int, hi: int, error: BaseException) -> None:
+        """The blocks will be filled by 0xFF because of `error`: let nothing that depends on them be kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """What a freeze yields: where the dirty pages lie, and the scratch files that now are the caller's."""
+
+    runs: npt.NDArray[np.void]
+    first_file: int
+    files: list[str]
+
+
+def find_space(number: int) -> Space | None:
+    """The living space of this number."""
+    return _spaces.get(number)
+
+
+class Window:
+    """An address range. Lives as long as anything refers to it: a view does, by its base.
+
+    Use `view` to get arrays. Thread-safe.
+    """
+
+    __slots__ = ("__weakref__", "_bytes", "_handle", "_lease", "length", "space", "start")
+
+    def __init__(self, space: Space, start_: int, length: int) -> None:
+        out = ffi.new("zb_window **")
+        what = f"reserve {length} bytes of address space"
+        check(lib.zb_window_new(out, space._handle, start_, length), what)
+        self._handle = out[0]
+        self.space = space
+        self.start = start_
+        self.length = -(-length // BLOCK) * BLOCK
+        self._lease: weakref.ref[_Lease] | None = None
+        weakref.finalize(self, lib.zb_window_free, self._handle)
+
+    @property
+    def stop(self) -> int:
+        """Position after the window's last byte."""
+        return self.start + self.length
+
+    def view(
+        self,
+        position: int,
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any],
+        strides: tuple[int, ...],
+        writeable: bool,
+    ) -> npt.NDArray[Any]:
+        """An ndarray onto the window whose element (0, ..., 0) lies at `position` of the file.
+
+        The caller has checked that all of it lies inside the window.
+        """
+        lease = self._lease() if self._lease is not None else None
+        if lease is None:
+            lease = _Lease(self)
+            self._lease = weakref.ref(lease)
+        return np.ndarray(shape, dtype, lease.array(writeable), position - self.start, strides)
+
+    @property
+    def idle(self) -> bool:
+        """Whether no view of this window is alive."""
+        return self._lease is None or self._lease() is None
+
+    def absent(self, lo: int, hi: int) -> int:
+        """The position of the first absent block of [lo, hi), or something >= hi."""
+        return int(lib.zb_absent(self._handle, lo, hi))
+
+    def present(self, lo: int, hi: int) -> int:
+        """The position of the first block of [lo, hi) that is filled, or something >= hi."""
+        return int(lib.zb_present(self._handle, lo, hi))
+
+    def fill(self, epoch: int, lo: int, hi: int, pieces: Sequence[tuple[int, int, int, int]]) -> None:
+        """Map absent blocks of [lo, hi) by `pieces` (start, stop, offset, fd); fd < 0 is a hole.
+
+        Raises
+        ------
+        StaleFill
+            If the space's epoch is not `epoch`.
+        """
+        table = np.array(pieces, _PIECE)
+        pointer = ffi.cast("zb_piece *", table.ctypes.data)
+        result = lib.zb_fill(self._handle, epoch, lo, hi, pointer, len(table))
+        if result == -_ESTALE:
+            raise StaleFill
+        check(result, f"map bytes {lo}..{hi}")
+
+    def write(self, lo: int, data: npt.NDArray[np.uint8] | None, size: int) -> int:
+        """Make [lo, lo + size) dirty; with `data` (whole pages) by its bytes. Returns 0 or a negative errno."""
+        pointer = ffi.NULL if data is None else ffi.cast("void *", data.ctypes.data)
+        return int(lib.zb_write(self._handle, lo, lo + size, pointer))
+
+    def release(self) -> None:
+        """Give resident pages back to the kernel; they come back from the page cache when touched."""
+        check(lib.zb_release(self._handle), "release pages")
+
+
+class _Lease:
+    """The base of views: while one lives, its lease does, and so does the window."""
+
+    __slots__ = ("__weakref__", "_length", "address", "window")
+
+    def __init__(self, window: Window) -> None:
+        self.window = window
+        self.address = int(ffi.cast("uintptr_t", lib.zb_window_base(window._handle)))
+        self._length = window.length
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]:
+        return {"version": 3, "data": (self.address, False), "typestr": "|u1", "shape": (self._length,)}
+
+    def array(self, writeable: bool) -> npt.NDArray[np.uint8]:
+        array = np.asarray(self)
+        if not writeable:
+            array.flags.writeable = False
+        return array
+
+
+class Space:
+    """One file's bytes in this process.
+
+    Parameters
+    ----------
+    directory : str
+        Where scratch files are made.
+    service : Service
+        Who fills; held weakly.
+
+    Notes
+    -----
+    Thread-safe. A process forked from the one that made it must not use it: `ForkError`.
+    """
+
+    def __init__(self, directory: str, service: Service) -> None:
+        start()
+        self.number = next(_ids)
+        self._pid = os.getpid()
+        self._prefix = f"zbig-{os.getpid()}-{secrets.token_hex(8)}"
+        self._directory = directory
+        self._directories: list[tuple[int, str]] = []  # scratch files from this number on lie there
+        out = ffi.new("zb_space **")
+        check(
+            lib.zb_space_new(out, self.number, os.fsencode(directory), self._prefix.encode()),
+            f"use {directory!r} for scratch files",
+        )
+        self._handle = out[0]
+        self._service = weakref.ref(service)
+        self._windows: list[weakref.ref[Window]] = []
+        self._lock = threading.Lock()
+        weakref.finalize(self, _end_space, self._handle)
+        _spaces[self.number] = self
+
+    @property
+    def service(self) -> Service | None:
+        """The owner, while it lives."""
+        return self._service()
+
+    @property
+    def directory(self) -> str:
+        """Where scratch files are made."""
+        return self._directory
+
+    def move_scratch(self, directory: str) -> None:
+        """Make scratch files in another directory. Not while pages are dirty."""
+        if self.dirty_pages:
+            raise ValueError("the scratch directory cannot change while pages are dirty")
+        check(lib.zb_space_scratch(self._handle, os.fsencode(directory)), f"use {directory!r}")
+        self._directory = directory
+
+    def check_process(self) -> None:
+        """Raise `ForkError` in a forked child."""
+        if os.getpid() != self._pid:
+            raise ForkError(
+                f"this array was opened in process {self._pid}, from which process {os.getpid()} was forked; "
+                f"open the database again in the child, or start it with 'spawn'"
+            )
+
+    # -- windows
+
+    def windows(self) -> list[Window]:
+        """The living ones."""
+        with self._lock:
+            alive = [(ref, window) for ref in self._windows if (window := ref()) is not None]
+            self._windows = [ref for ref, _ in alive]
+        return [window for _, window in alive]
+
+    def window(self, position: int, length: int) -> Window:
+        """A new window that covers [position, position + length)."""
+        self.check_process()
+        start()
+        first = position - position % BLOCK
+        window = Window(self, first, max(position + length - first, 1))
+        with self._lock:
+            self._windows.append(weakref.ref(window))
+        return window
+
+    # -- state
+
+    @property
+    def epoch(self) -> int:
+        """Changes whenever mapped bytes are dropped."""
+        return int(lib.zb_space_epoch(self._handle))
+
+    @property
+    def dirty_pages(self) -> int:
+        """Pages written since the last freeze."""
+        return int(lib.zb_space_dirty(self._handle))
+
+    @property
+    def error(self) -> int:
+        """The errno that a write of this generation met, or 0."""
+        return int(lib.zb_space_error(self._handle))
+
+    def set_limit(self, size: int) -> None:
+        """The file's size in bytes: growing write units stop there."""
+        lib.zb_space_limit(self._handle, size)
+
+    # -- changes
+
+    def drop(self, lo: int, hi: int, *, holes_only: bool = False) -> None:
+        """Make the clean pages of the blocks that touch [lo, hi) absent."""
+        flags = lib.ZB_DROP_HOLES if holes_only else 0
+        check(lib.zb_drop(self._handle, lo, hi, flags), "drop pages")
+
+    def freeze(self) -> Generation:
+        """End the generation. Raises `ScratchError` if a write of it had failed (and freezes nothing)."""
+        runs, n = ffi.new("zb_run **"), ffi.new("size_t *")
+        first, last = ffi.new("uint64_t *"), ffi.new("uint64_t *")
+        check(lib.zb_freeze(self._handle, runs, n, first, last), "save changes")
+        try:
+            size = n[0] * RUN.itemsize
+            table = np.frombuffer(bytes(ffi.buffer(runs[0], size)) if size else b"", RUN)
+        finally:
+            lib.zb_runs_free(runs[0])
+        return Generation(table, int(first[0]), self._paths(first[0], last[0]))
+
+    def discard(self) -> list[str]:
+        """Forget the generation; returns the scratch files, which are to be removed."""
+        first, last = ffi.new("uint64_t *"), ffi.new("uint64_t *")
+        check(lib.zb_discard(self._handle, first, last), "discard changes")
+        return self._paths(first[0], last[0])
+
+    def _paths(self, first: int, last: int) -> list[str]:
+        return [os.path.join(self._directory, f"{self._prefix}-{k}") for k in range(first, last)]
+
+    def close(self) -> None:
+        """No more service: see ``zb_space_close``."""
+        lib.zb_space_close(self._handle)
+
+
+def _end_space(handle: Any) -> None:
+    lib.zb_space_close(handle)
+    lib.zb_space_free(handle)

@@ -1,0 +1,627 @@
+"""A file as one connection has it open: where memory and storage meet.
+
+An `OpenFile` knows, for the bytes of one `ZBigFile`, what a connection sees: the committed *base* (the extent
+map's leaves, as loaded) and over it the *layers* that this transaction put there: frozen generations of
+scratch pages, and segments staged by a cluster. From these it plans what is mapped where, and at commit it
+turns the layers into segments (see `dask_zbig.flush`) and splices them into the leaves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from dask_zbig.errors import LoadError, WindowError
+from dask_zbig.memory._native import BLOCK
+from dask_zbig.memory.cache import CacheFile
+from dask_zbig.memory.loader import ensure_loaders
+from dask_zbig.memory.plan import Piece, Source, plan
+from dask_zbig.memory.space import Space, StaleFill, Window
+from dask_zbig.storage import extents as ex
+from dask_zbig.storage.format import LEAF_BYTES
+from dask_zbig.storage.segment import FileSource, SegmentReader, SegmentRef
+from dask_zbig.storage.tree import ZBigFile, on_store, watch
+
+if TYPE_CHECKING:
+    from dask_zbig.transaction import DataManager
+
+__all__ = ["Layer", "OpenFile", "Owner", "compose"]
+
+#: A view loads at most this many leaves (64 GiB) when it is made; loaders do the rest when it is touched.
+EAGER_LEAVES = 1024
+#: A window that is made for an array leaves room for it to grow, up to this size.
+ROOMY = 1 << 45
+_END = 1 << 63
+
+
+class Owner(Protocol):
+    """The array whose bytes a file holds."""
+
+    @property
+    def nbytes(self) -> int:
+        """Its size now."""
+
+    @property
+    def granule(self) -> int:
+        """Bytes that change together: the size of an element."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """Changes of this transaction, not yet in the extent map.
+
+    `extents` refer to `sources`; `refs` has, for each source, the segment it is already, or None for a
+    scratch file. `exact`: every byte of it was changed, not just some of each page. `files`: scratch files.
+    """
+
+    extents: npt.NDArray[np.void]
+    sources: tuple[Source, ...]
+    refs: tuple[SegmentRef | None, ...]
+    exact: bool
+    files: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Leaf:
+    """A leaf's content as it was loaded."""
+
+    extents: npt.NDArray[np.void]
+    refs: tuple[SegmentRef, ...]
+
+
+def compose(extents: npt.NDArray[np.void], sources: Sequence[Source], lo: int, hi: int) -> bytearray:
+    """The bytes [lo, hi) that the extents describe."""
+    out = bytearray(hi - lo)
+    for start, stop, index, offset in ex.clip(extents, lo, hi).tolist():
+        out[start - lo : stop - lo] = sources[index].read(offset, stop - start)
+    return out
+
+
+class OpenFile:
+    """See the module. Views may be used from any thread; all else from the connection's.
+
+    Attributes
+    ----------
+    failure : Exception or None
+        Why this transaction must not be committed.
+    """
+
+    def __init__(self, file: ZBigFile, owner: Owner, directory: str) -> None:
+        self.file = file
+        self.owner = owner
+        self.manager: DataManager | None = None
+        self.reader: SegmentReader | None = None
+        self.failure: BaseException | None = None
+        self.layers: tuple[Layer, ...] = ()
+        self.flushed: tuple[Layer, ...] = ()
+        self.local: dict[Any, Source] = {}  # of segments that this transaction made, by SegmentRef.key
+        self.space = Space(directory, self)
+        self._cache = CacheFile(directory)
+        self._lock = threading.RLock()  # of the tables below; never held while anything is loaded
+        self._leaves: dict[int, _Leaf] = {}
+        self._known = _no_ranges()  # where `_leaves` has every leaf there is
+        self._borrowed = _no_ranges()  # the part of it that no invalidation will tell of
+        self._watched: dict[int, Any] = {}  # persistent objects, held so that they get invalidations
+        self._superseded: dict[int, _Leaf | None] = {}  # what dirty pages were made from, and is no more
+        self._poisoned = _no_ranges()
+        self._dropped = _no_ranges()  # what is to be mapped again when that is possible
+        self._filled = _no_ranges()  # what was asked for since there are views
+        self._window: Window | None = None
+        self._limit = -1
+        on_store(file, _weakly(self, OpenFile._before_store))
+        watch(file, _weakly(self, OpenFile._stale, 0, _END))
+
+    # -- views
+
+    def view(
+        self, lo: int, hi: int, position: int, shape: tuple[int, ...], dtype: np.dtype[Any], strides: tuple[int, ...]
+    ) -> npt.NDArray[Any]:
+        """An ndarray onto bytes [lo, hi), what is at hand of them mapped already."""
+        self.enter()
+        window = self._window_for(lo, hi)
+        if window.absent(lo, hi) < hi:
+            self.fill(lo, hi)
+        return window.view(position, shape, dtype, strides, self.writeable)
+
+    @property
+    def writeable(self) -> bool:
+        """Whether changes could be committed."""
+        return self.manager is None or self.manager.writeable
+
+    def enter(self) -> None:
+        """What every use of the array begins with."""
+        self.space.check_process()
+        ensure_loaders()
+        if self.manager is not None:
+            self.manager.join()
+        size = self.owner.nbytes
+        if size != self._limit:
+            self.space.set_limit(size)
+            self._limit = size
+
+    def _window_for(self, lo: int, hi: int) -> Window:
+        window = self._window
+        if window is not None and window.start <= lo and hi <= window.stop:
+            return window
+        for other in self.space.windows():
+            if other.start <= lo and hi <= other.stop:
+                self._window = other
+                return other
+        size = max(hi, self.owner.nbytes)
+        if size <= ROOMY:
+            try:
+                self._window = self.space.window(0, min(max(2 * size, BLOCK), ROOMY))
+                return self._window
+            except WindowError:
+                pass  # there may still be room for what is asked
+        try:
+            self._window = self.space.window(lo, hi - lo)
+        except WindowError as e:
+            raise WindowError(f"a view of {hi - lo} bytes does not fit into the address space: {e}") from e
+        return self._window
+
+    # -- filling
+
+    def fill(self, lo: int, hi: int, *, local_only: bool = True) -> None:
+        """Map what is absent of [lo, hi), in the connection's thread.
+
+        Parameters
+        ----------
+        local_only : bool
+            Leave out what a server would have to be asked for, and what many leaves would have to be loaded
+            for: a loader brings it when it is touched.
+
+        Raises
+        ------
+        LoadError
+            Not with `local_only`, which leaves out what cannot be loaded as well.
+        """
+        with self._lock:
+            self._filled = ex.union(self._filled, _ranges(lo, hi))
+        while True:
+            try:
+                upto = self.resolve(lo, hi, EAGER_LEAVES if local_only else None)
+                self._map(lo, min(upto, hi), local_only)
+                return
+            except StaleFill:
+                continue
+            except LoadError:
+                if local_only:
+                    return
+                raise
+
+    def serve(self, lo: int, hi: int, recheck: bool) -> None:
+        """For loaders: fill the blocks [lo, hi), and the rest of their leaf if that is at hand."""
+        self._resolve_elsewhere(lo, hi)
+        if recheck:
+            for source in self._sources(lo, hi):
+                check = getattr(source, "recheck", None)
+                if check is not None:
+                    check()
+        self._map(lo, hi, False)
+
+    def failed(self, lo: int, hi: int, error: BaseException) -> None:
+        """For loaders: the blocks become 0xFF; the transaction is doomed."""
+        with self._lock:
+            self.failure = self.failure or error
+            self._poisoned = ex.union(self._poisoned, _ranges(lo, hi))
+
+    def _map(self, lo: int, hi: int, local_only: bool) -> None:
+        if lo >= hi:
+            return
+        while True:
+            epoch = self.space.epoch
+            try:
+                for window in self.space.windows():
+                    self._map_in(window, epoch, max(lo, window.start), min(hi, window.stop), local_only)
+                return
+            except StaleFill:
+                with self._lock:  # (loaders: what was resolved may be gone, so ask again from the start)
+                    if len(ex.subtract(_blocks(lo, hi), self._known)):
+                        raise
+
+    def _map_in(self, window: Window, epoch: int, lo: int, hi: int, local_only: bool) -> None:
+        while lo < hi:
+            start = window.absent(lo, hi)
+            if start >= hi:
+                return
+            stop = min(window.present(start, hi), window.stop)
+            for a, b in self._at_hand(start, stop) if local_only else [(start, stop)]:
+                rows, sources = self._rows(a, b)
+                window.fill(epoch, a, b, rows)
+                del sources  # which own the descriptors
+            lo = stop
+
+    def _at_hand(self, lo: int, hi: int) -> Iterator[tuple[int, int]]:
+        """The runs of blocks of [lo, hi) all of whose bytes are local."""
+        extents, sources = self.content(lo, hi)
+        far = [i for i in ex.used(extents).tolist() if not sources[i].local()]
+        remote = extents[np.isin(extents["segment"], far)]
+        missing = ex.normalize(
+            np.array([(s - s % BLOCK, -(-e // BLOCK) * BLOCK) for s, e in ex.covered(remote).tolist()], np.uint64)
+            .reshape(-1, 2)
+        )
+        for a, b in ex.subtract(_ranges(lo, hi), missing).tolist():
+            yield a, b
+
+    def _rows(self, lo: int, hi: int) -> tuple[list[tuple[int, int, int, int]], list[Source]]:
+        """Plan [lo, hi), compose what must be composed, and give what a window takes; and who owns the files."""
+        extents, sources = self.content(lo, hi)
+        return [self._row(p, extents, sources) for p in plan(extents, sources, lo, hi)], sources
+
+    def _row(self, p: Piece, extents: npt.NDArray[np.void], sources: Sequence[Source]) -> tuple[int, int, int, int]:
+        if p.kind == "hole":
+            return (p.start, p.stop, 0, -1)
+        if p.kind == "direct":
+            fd = sources[p.source].fileno()
+            assert fd is not None
+            return (p.start, p.stop, p.offset, fd)
+        fd, offset = self._cache.add(compose(extents, sources, p.start, p.stop))
+        return (p.start, p.stop, offset, fd)
+
+    # -- what the bytes are
+
+    def content(
+        self, lo: int, hi: int, *, base_only: bool = False, layers: tuple[Layer, ...] | None = None
+    ) -> tuple[npt.NDArray[np.void], list[Source]]:
+        """Extents of [lo, hi) and their sources, as far as resolved: the base, and over it the layers."""
+        sources: list[Source] = []
+        parts: list[npt.NDArray[np.void]] = []
+        with self._lock:
+            first, last = lo // LEAF_BYTES, -(-hi // LEAF_BYTES)
+            if last - first < len(self._leaves):
+                indices: Iterable[int] = (i for i in range(first, last) if i in self._leaves)
+            else:
+                indices = sorted(i for i in self._leaves if first <= i < last)
+            for index in indices:
+                parts.append(self._base_part(self._leaves[index], lo, hi, sources))
+            over = () if base_only else self.layers if layers is None else layers
+        extents = np.concatenate(parts) if parts else ex.empty()
+        for layer in over:
+            new = ex.clip(layer.extents, lo, hi)
+            shift = np.arange(len(layer.sources)) + len(sources)
+            extents = ex.splice(extents, ex.renumber(new, shift))
+            sources.extend(layer.sources)
+        return extents, sources
+
+    def _base_part(self, leaf: _Leaf, lo: int, hi: int, sources: list[Source]) -> npt.NDArray[np.void]:
+        part = ex.clip(leaf.extents, lo, hi)
+        mapping = np.zeros(len(leaf.refs), np.int64)
+        for i in ex.used(part).tolist():
+            mapping[i] = len(sources)
+            sources.append(self.source(leaf.refs[i]))
+        return ex.renumber(part, mapping)
+
+    def source(self, ref: SegmentRef) -> Source:
+        """Where the bytes of a segment can be read."""
+        found = self.local.get(ref.key)
+        if found is not None:
+            return found
+        if self.reader is None:
+            raise LoadError(f"segment {ref.key!r} belongs to no database")
+        return self.reader.source(ref)
+
+    def _sources(self, lo: int, hi: int) -> list[Source]:
+        extents, sources = self.content(lo, hi)
+        return [sources[i] for i in ex.used(extents).tolist()]
+
+    # -- resolving: loading leaves
+
+    def resolve(self, lo: int, hi: int, bound: int | None = None) -> int:
+        """Load the leaves of [lo, hi), `bound` at most; returns how far they are known."""
+        with self._lock:
+            missing = ex.subtract(_leaf_range(lo, hi), self._known).tolist()
+        count = 0
+        for a, b in missing:
+            for node, start, stop in self.file.nodes(a, b):
+                self._watch(node, start, stop)
+            for index, leaf in self.file.leaves(a, b):
+                if bound is not None and count >= bound:
+                    self._learn(a, index * LEAF_BYTES)
+                    return index * LEAF_BYTES
+                self._adopt(index, leaf)
+                count += 1
+            self._learn(a, b)
+        return hi
+
+    def _adopt(self, index: int, leaf: Any) -> None:
+        loaded = _Leaf(leaf.extents, leaf.refs)  # loads it
+        self._watch(leaf, index * LEAF_BYTES, (index + 1) * LEAF_BYTES)
+        with self._lock:
+            self._leaves[index] = loaded
+
+    def _learn(self, lo: int, hi: int) -> None:
+        with self._lock:
+            self._known = ex.union(self._known, _ranges(lo, hi))
+
+    def _watch(self, obj: Any, lo: int, hi: int) -> None:
+        if id(obj) not in self._watched:
+            self._watched[id(obj)] = obj
+            watch(obj, _weakly(self, OpenFile._stale, lo, hi))
+
+    def _resolve_elsewhere(self, lo: int, hi: int) -> None:
+        """As `_resolve`, for loaders, which must not use the connection: by another one, at its snapshot."""
+        with self._lock:
+            missing = ex.subtract(_leaf_range(lo, hi), self._known)
+            epoch = self.space.epoch
+        if not len(missing):
+            return
+        if self.manager is None:
+            raise LoadError("the array has not been stored")
+        found: dict[int, _Leaf] = {}
+        with self.manager.snapshot_connection() as other:
+            twin = other.get(self.file._p_oid)
+            for a, b in missing.tolist():
+                for index, leaf in twin.leaves(a, b):
+                    found[index] = _Leaf(leaf.extents, leaf.refs)
+        with self._lock:
+            if self.space.epoch != epoch:
+                raise StaleFill
+            self._leaves.update(found)
+            self._known = ex.union(self._known, missing)
+            self._borrowed = ex.union(self._borrowed, missing)
+
+    # -- boundaries
+
+    def _stale(self, lo: int, hi: int) -> None:
+        """An invalidation: what is known of [lo, hi) is no longer true. Loads nothing."""
+        with self._lock:
+            dirty = bool(self.layers or self.space.dirty_pages)
+            for index in [i for i in self._leaves if lo <= i * LEAF_BYTES < hi]:
+                old = self._leaves.pop(index)
+                if dirty:
+                    self._superseded.setdefault(index, old)
+            self._known = ex.subtract(self._known, _ranges(lo, hi))
+            self._dropped = ex.union(self._dropped, _ranges(lo, hi))
+            self.space.drop(lo, hi)
+
+    def boundary(self) -> None:
+        """The connection has moved to a new snapshot: forget what nobody told us about, map again."""
+        with self._lock:
+            if len(self._borrowed):
+                for lo, hi in self._borrowed.tolist():
+                    self._stale(lo, hi)
+                self._borrowed = _no_ranges()
+        if self._superseded:
+            self._reconcile()
+        self._refill()
+
+    def _reconcile(self) -> None:
+        """Pages were written after the last transaction ended, and now the next one begins at another base.
+
+        Reduce them to the bytes that were changed: these lie over the new base, unless that changed them too.
+        """
+        from dask_zbig.flush import trim
+
+        self.freeze()
+        with self._lock:
+            now, self._superseded = dict(self._superseded), {}
+        for index, old in now.items():
+            lo, hi = index * LEAF_BYTES, (index + 1) * LEAF_BYTES
+            self.resolve(lo, hi)
+            with self._lock:
+                new = self._leaves.get(index)
+            old, new = old or _Leaf(ex.empty(), ()), new or _Leaf(ex.empty(), ())
+            theirs = ex.diff(
+                old.extents, [r.key for r in old.refs], new.extents, [r.key for r in new.refs]
+            )
+            sources: list[Source] = []
+            base = self._base_part(old, lo, hi, sources)
+            layers = []
+            for layer in self.layers:
+                inside = ex.clip(layer.extents, lo, hi)
+                if not layer.exact:
+                    inside = trim(inside, layer.sources, base, sources, self.owner.granule)
+                if len(ex.intersect(ex.covered(inside), theirs)):
+                    from ZODB.POSException import ConflictError
+
+                    self.failure = ConflictError(
+                        f"bytes of an array that were changed before the transaction began (in {lo}..{hi}) were "
+                        f"changed by another transaction too"
+                    )
+                rest = ex.cut(layer.extents, lo, hi)
+                layers.append(replace(layer, extents=ex.splice(rest, inside)))
+            self.layers = tuple(layers)
+            self._dropped = ex.union(self._dropped, _ranges(lo, hi))
+            self.space.drop(lo, hi)
+
+    def _refill(self) -> None:
+        """Map again, for the views that live, what was dropped: system calls on them cannot fault."""
+        with self._lock:
+            again = ex.intersect(self._dropped, self._filled)
+            self._dropped = _no_ranges()
+        if all(w.idle for w in self.space.windows()):
+            with self._lock:
+                self._filled = _no_ranges()
+            return
+        for lo, hi in again.tolist():
+            with contextlib.suppress(LoadError, OSError):  # a loader tries again, and reports
+                self.fill(lo, hi)
+
+    def rest(self) -> None:
+        """Between transactions: nothing of a window that nobody looks at need stay resident."""
+        for window in self.space.windows():
+            if window.idle:
+                window.release()
+
+    # -- changes
+
+    @property
+    def dirty(self) -> bool:
+        """Whether there is anything to commit, or a reason not to."""
+        return bool(self.layers or self.flushed or self.failure or self.space.error or self.space.dirty_pages)
+
+    def freeze(self) -> None:
+        """Turn the pages written so far into a layer."""
+        if not self.space.dirty_pages and not self.space.error:
+            return
+        generation = self.space.freeze()
+        index = {int(n): i for i, n in enumerate(sorted(set(generation.runs["file"].tolist())))}
+        files = generation.files
+        sources = tuple(FileSource(files[n - generation.first_file]) for n in index)
+        rows = [(a, b, index[f], o) for a, b, o, f in generation.runs.tolist()]
+        self.push(Layer(ex.make(rows), sources, (None,) * len(sources), False, tuple(files)))
+
+    def push(self, layer: Layer) -> None:
+        """Put a layer on top. The mapping of its bytes must be right already, or be dropped by the caller."""
+        with self._lock:
+            self.layers = (*self.layers, layer)
+
+    def overlay(self, layer: Layer) -> None:
+        """Put a layer on top whose bytes are not mapped yet."""
+        self.freeze()
+        self.push(layer)
+        self._forget_mapped(ex.covered(layer.extents))
+
+    def truncate(self, size: int) -> None:
+        """Cut off everything from byte `size` on, of base and layers."""
+        self.freeze()
+        self._cut_layers(size)
+        self.file.truncate(size)
+        with self._lock:
+            first = size // LEAF_BYTES * LEAF_BYTES
+            for i in [i for i in self._leaves if i * LEAF_BYTES >= first]:
+                del self._leaves[i]
+            self._known = ex.subtract(self._known, _ranges(first, _END))
+        self._forget_mapped(_ranges(size, _END))
+
+    def clear_beyond(self, size: int) -> None:
+        """Forget uncommitted bytes from `size` on: an old, longer view may have written there."""
+        if not self.space.dirty_pages and not self.layers:
+            return
+        self.freeze()
+        if any(len(ex.clip(layer.extents, size, _END)) for layer in self.layers):
+            self._cut_layers(size)
+            self._forget_mapped(_ranges(size, _END))
+
+    def _cut_layers(self, size: int) -> None:
+        with self._lock:
+            self.layers = tuple(replace(k, extents=ex.clip(k.extents, 0, size)) for k in self.layers)
+
+    def _forget_mapped(self, ranges: npt.NDArray[np.uint64]) -> None:
+        for lo, hi in ranges.tolist():
+            self.space.drop(lo, hi)
+        with self._lock:
+            self._dropped = ex.union(self._dropped, ranges)
+        self._refill()
+
+    # -- the end of a transaction
+
+    def spliced(self, indices: Iterable[int]) -> None:
+        """These leaves have just got new content from us: it is in memory already."""
+        for index in indices:
+            self._adopt(index, self.file.leaf(index))
+            self._learn(index * LEAF_BYTES, (index + 1) * LEAF_BYTES)
+        self.flushed += self.layers
+        self.layers = ()
+
+    def settle(self) -> None:
+        """The commit is done: what was written is the base now."""
+        flushed, self.flushed = self.flushed, ()
+        self.local.clear()
+        for layer in flushed:
+            left = [f for f in layer.files if os.path.exists(f)]
+            if left:  # not all of it became segments just as it was: map those instead
+                _unlink(left)
+                self._forget_mapped(ex.covered(layer.extents))
+
+    def discard(self) -> None:
+        """Forget all changes, and what could not be loaded."""
+        _unlink(self.space.discard())
+        changed = _no_ranges()
+        for layer in self.layers + self.flushed:
+            _unlink(layer.files)
+            changed = ex.union(changed, ex.covered(layer.extents))
+        for index in {i for lo, hi in changed.tolist() for i in range(lo // LEAF_BYTES, -(-hi // LEAF_BYTES))}:
+            self._stale(index * LEAF_BYTES, (index + 1) * LEAF_BYTES)
+        with self._lock:
+            poisoned, self._poisoned = self._poisoned, _no_ranges()
+            self.layers = self.flushed = ()
+            self._superseded.clear()
+            self.failure = None
+        for lo, hi in poisoned.tolist():
+            self.space.drop(lo, hi)
+            self._dropped = _ranges(0, _END)  # the pages of the generation are absent now, wherever they were
+        self.local.clear()
+
+    def rollback(self, layers: tuple[Layer, ...]) -> None:
+        """Back to a savepoint, at which there were these layers."""
+        _unlink(self.space.discard())
+        kept = {f for layer in layers for f in layer.files}
+        for layer in self.layers:
+            _unlink(f for f in layer.files if f not in kept)
+        with self._lock:
+            self.layers = layers
+        self._forget_mapped(_ranges(0, _END))
+
+    def reset(self) -> None:
+        """The array was new and its transaction was aborted: it is empty, and belongs to no database."""
+        self.discard()
+        self.file.clear()
+        self._stale(0, _END)
+        self.manager = None
+        self.reader = None
+        self._watched.clear()
+
+    def close(self) -> None:
+        """The connection is closed: what is mapped stays readable."""
+        _unlink(self.space.discard())
+        for layer in self.layers:
+            _unlink(layer.files)
+        self.space.close()
+        self.manager = None
+        self.reader = None
+
+    def attach(self, manager: DataManager) -> None:
+        """The array has got a connection."""
+        self.manager = manager
+        self.reader = manager.reader
+        if not self.space.dirty_pages:
+            self.space.move_scratch(manager.scratch)
+
+    def _before_store(self, jar: Any) -> None:
+        from dask_zbig.transaction import store_new
+
+        store_new(self, jar)
+
+
+def _weakly(target: OpenFile, method: Any, *args: Any) -> Callable[..., None]:
+    ref = weakref.ref(target)
+
+    def call(*more: Any) -> None:
+        alive = ref()
+        if alive is not None:
+            method(alive, *args, *more)
+
+    return call
+
+
+def _no_ranges() -> npt.NDArray[np.uint64]:
+    return np.empty((0, 2), np.uint64)
+
+
+def _ranges(lo: int, hi: int) -> npt.NDArray[np.uint64]:
+    return np.array([(lo, hi)], np.uint64) if lo < hi else _no_ranges()
+
+
+def _blocks(lo: int, hi: int) -> npt.NDArray[np.uint64]:
+    return _ranges(lo - lo % BLOCK, -(-hi // BLOCK) * BLOCK)
+
+
+def _leaf_range(lo: int, hi: int) -> npt.NDArray[np.uint64]:
+    return _ranges(lo - lo % LEAF_BYTES, -(-hi // LEAF_BYTES) * LEAF_BYTES)
+
+
+def _unlink(paths: Iterable[str]) -> None:
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+

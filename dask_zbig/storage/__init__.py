@@ -1,0 +1,1 @@
+"""What lies in ZODB: extents, the tree over them, segments. Knows no mapping."""

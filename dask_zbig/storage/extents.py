@@ -1,0 +1,432 @@
+"""The extent algebra: which bytes of an array come from which bytes of which segment.
+
+An *extents* array has the dtype `EXTENT`: in each row, bytes [start, stop) of the array are served by a
+segment, the first of them by the segment's byte ``offset``. Rows are sorted, disjoint, never empty, and
+byte-granular. ``segment`` is an index into a table that is kept elsewhere. Bytes in no extent are a *hole*:
+zeros. A *ranges* array is uint64 of shape (n, 2): sorted, disjoint, non-empty [start, stop); results are merged.
+
+All is pure: no ZODB, no I/O, no Python loop over extents. Arguments are never changed and results share no
+memory with them, so any thread may call anything. Positions are below 2^64 - 1; bounds outside of that mean
+the nearest end. Only `make` and `validate` look for rows that break the rules; the others rely on them.
+
+>>> splice(make([(0, 100, 0, 0)]), make([(40, 50, 1, 0)])).tolist()
+[(0, 40, 0, 0), (40, 50, 1, 0), (50, 100, 0, 50)]
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from dask_zbig.errors import FormatError
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Iterable, Sequence
+
+__all__ = [
+    "EXTENT",
+    "Extents",
+    "Keys",
+    "Overlap",
+    "Ranges",
+    "clip",
+    "coalesce",
+    "covered",
+    "cut",
+    "diff",
+    "empty",
+    "holes",
+    "intersect",
+    "lookup",
+    "make",
+    "merge",
+    "normalize",
+    "renumber",
+    "splice",
+    "subtract",
+    "total",
+    "union",
+    "used",
+    "validate",
+]
+
+#: One extent: 28 bytes, packed, little-endian. This is what is stored.
+EXTENT = np.dtype([("start", "<u8"), ("stop", "<u8"), ("segment", "<u4"), ("offset", "<u8")])
+
+Extents: TypeAlias = npt.NDArray[np.void]
+Ranges: TypeAlias = npt.NDArray[np.uint64]
+Keys: TypeAlias = "Sequence[Hashable]"
+_Bools: TypeAlias = npt.NDArray[np.bool_]
+_Indices: TypeAlias = npt.NDArray[np.intp]
+
+_END = 2**64 - 1
+
+
+class Overlap(Exception):
+    """Both sides of a `merge` changed the bytes in `ranges`, and not to the same thing."""
+
+    def __init__(self, ranges: Ranges) -> None:
+        super().__init__(ranges)
+        self.ranges = ranges
+
+    def __str__(self) -> str:
+        first = f", the first of them {self.ranges[0, 0]}..{self.ranges[0, 1]}" if len(self.ranges) else ""
+        return f"{total(self.ranges)} bytes were changed by both sides{first}"
+
+
+# -- making and checking
+
+
+def empty() -> Extents:
+    """No extents: all is hole.
+
+    >>> len(empty())
+    0
+    """
+    return np.empty(0, EXTENT)
+
+
+def make(rows: Iterable[tuple[int, int, int, int]]) -> Extents:
+    """Extents from (start, stop, segment, offset) rows; `FormatError` if not sorted, disjoint and non-empty.
+
+    >>> make([(0, 10, 0, 0), (10, 12, 1, 5)])["stop"].tolist()
+    [10, 12]
+    """
+    extents = np.array([tuple(row) for row in rows], EXTENT)
+    _check_order(extents)
+    return extents
+
+
+def validate(extents: Extents, lengths: Sequence[int], lo: int, hi: int) -> None:
+    """Check extents of unknown origin, whatever their bytes are.
+
+    Parameters
+    ----------
+    lengths
+        The length in bytes of each segment of the table.
+    lo, hi
+        The extents may cover only bytes [lo, hi) of the array.
+
+    Raises
+    ------
+    FormatError
+        Names the first extent that is empty, out of order, outside of [lo, hi) or of what its segment has.
+
+    >>> validate(make([(0, 10, 0, 90)]), [100], 0, 64)
+    >>> validate(make([(0, 11, 0, 90)]), [100], 0, 64)
+    Traceback (most recent call last):
+    dask_zbig.errors.FormatError: extent 0 (start 0, stop 11, segment 0, offset 90) ends beyond its segment
+    """
+    _check_order(extents)
+    low, high = _bound(lo), _bound(hi)
+    _refuse(extents, (extents["start"] < low) | (extents["stop"] > high), f"is outside of [{lo}, {hi})")
+    _refuse(extents, extents["segment"] >= len(lengths), f"is of none of the {len(lengths)} segments")
+    # subtract only what is known to be smaller: sums could wrap around
+    length = np.asarray(lengths, np.uint64)[extents["segment"]]
+    room = length - np.minimum(extents["offset"], length)
+    _refuse(extents, extents["stop"] - extents["start"] > room, "ends beyond its segment")
+
+
+def _check_order(extents: Extents) -> None:
+    starts, stops = extents["start"], extents["stop"]
+    _refuse(extents, starts >= stops, "is empty")
+    _refuse(extents, starts[1:] < starts[:-1], "is not sorted: it starts before the previous one")
+    _refuse(extents, starts[1:] < stops[:-1], "overlaps the previous one")
+
+
+def _refuse(extents: Extents, bad: _Bools, reason: str) -> None:
+    """Raise if a flag is set; if they are fewer than the extents, they are about the last ones."""
+    if bad.any():
+        index = len(extents) - len(bad) + int(bad.argmax())
+        row = zip(EXTENT.names or (), extents[index].tolist(), strict=True)
+        fields = ", ".join(f"{name} {value}" for name, value in row)
+        raise FormatError(f"extent {index} ({fields}) {reason}")
+
+
+def _bound(position: int) -> np.uint64:
+    return np.uint64(min(max(int(position), 0), _END))
+
+
+# -- cutting and joining extents
+
+
+def lookup(extents: Extents, position: int) -> int:
+    """Index of the extent that covers the byte at `position`, or -1. Takes O(log n).
+
+    >>> extents = make([(10, 20, 0, 0)])
+    >>> lookup(extents, 19), lookup(extents, 20)
+    (0, -1)
+    """
+    index = bisect_right(extents["start"], position) - 1
+    return index if index >= 0 and position < extents["stop"][index] else -1
+
+
+def clip(extents: Extents, lo: int, hi: int) -> Extents:
+    """The parts inside [lo, hi).
+
+    >>> clip(make([(0, 10, 0, 0), (20, 30, 0, 50)]), 5, 25).tolist()
+    [(5, 10, 0, 5), (20, 25, 0, 50)]
+    """
+    low, high = _bound(lo), _bound(hi)
+    if low >= high:
+        return empty()
+    part = extents[bisect_right(extents["stop"], low) : bisect_left(extents["start"], high)].copy()
+    if len(part):
+        first, last = part[:1], part[-1:]
+        start = np.maximum(first["start"], low)
+        first["offset"] += start - first["start"]
+        first["start"] = start
+        last["stop"] = np.minimum(last["stop"], high)
+    return part
+
+
+def cut(extents: Extents, lo: int, hi: int) -> Extents:
+    """What is left after making [lo, hi) a hole.
+
+    >>> cut(make([(0, 10, 0, 0)]), 4, 6).tolist()
+    [(0, 4, 0, 0), (6, 10, 0, 6)]
+    """
+    low, high = _bound(lo), _bound(hi)
+    if low >= high:
+        return extents.copy()
+    return np.concatenate([clip(extents, 0, int(low)), clip(extents, int(high), _END)], dtype=EXTENT)
+
+
+def splice(old: Extents, new: Extents) -> Extents:
+    """`new` over `old`; both refer to one table of segments. Not coalesced.
+
+    >>> splice(make([(0, 10, 0, 0)]), make([(8, 12, 1, 0)])).tolist()
+    [(0, 8, 0, 0), (8, 12, 1, 0)]
+    """
+    return _interleave(_restrict(old, _complement(covered(new))), new)
+
+
+def coalesce(extents: Extents) -> Extents:
+    """Join neighbours that are contiguous both in the array and in their segment.
+
+    >>> coalesce(make([(0, 4, 0, 0), (4, 9, 0, 4), (9, 10, 0, 0)])).tolist()
+    [(0, 9, 0, 0), (9, 10, 0, 0)]
+    """
+    before, after = extents[:-1], extents[1:]
+    apart = before["stop"] != after["start"]
+    apart |= before["segment"] != after["segment"]
+    apart |= after["offset"] - before["offset"] != after["start"] - before["start"]
+    head, tail = _runs(len(extents), apart)
+    joined = extents[head]
+    joined["stop"] = extents["stop"][tail]
+    return joined
+
+
+def renumber(extents: Extents, mapping: npt.NDArray[np.integer[Any]]) -> Extents:
+    """The same extents with each segment index ``s`` replaced by ``mapping[s]``.
+
+    >>> renumber(make([(0, 4, 1, 0)]), np.array([0, 7]))["segment"].tolist()
+    [7]
+    """
+    renumbered = extents.copy()
+    renumbered["segment"] = mapping[extents["segment"]]
+    return renumbered
+
+
+def used(extents: Extents) -> _Indices:
+    """The segment indices that occur, ascending, each once.
+
+    >>> used(make([(0, 4, 3, 0), (4, 6, 1, 0), (6, 8, 3, 6)])).tolist()
+    [1, 3]
+    """
+    return np.unique(extents["segment"]).astype(np.intp)
+
+
+def _restrict(extents: Extents, ranges: Ranges) -> Extents:
+    """The parts inside the ranges."""
+    starts, stops = extents["start"], extents["stop"]
+    index, piece = _pieces(np.stack([starts, stops], 1), ranges)
+    part = extents[index]
+    part["offset"] += piece[:, 0] - part["start"]
+    part["start"], part["stop"] = piece[:, 0], piece[:, 1]
+    return part
+
+
+def _interleave(a: Extents, b: Extents) -> Extents:
+    """The extents of both, which do not overlap."""
+    rows = np.concatenate([a, b], dtype=EXTENT)
+    return rows[np.argsort(rows["start"], kind="stable")]  # two sorted runs: a merge
+
+
+# -- ranges
+
+
+def covered(extents: Extents) -> Ranges:
+    """The bytes that some extent serves, merged.
+
+    >>> covered(make([(0, 4, 0, 0), (4, 6, 1, 0), (8, 9, 0, 4)])).tolist()
+    [[0, 6], [8, 9]]
+    """
+    return _join(np.stack([extents["start"], extents["stop"]], 1))
+
+
+def holes(extents: Extents, lo: int, hi: int) -> Ranges:
+    """The bytes of [lo, hi) that no extent serves, merged.
+
+    >>> holes(make([(2, 4, 0, 0)]), 0, 10).tolist()
+    [[0, 2], [4, 10]]
+    """
+    within = normalize(np.array([[_bound(lo), _bound(hi)]], np.uint64))
+    return subtract(within, covered(clip(extents, lo, hi)))
+
+
+def normalize(ranges: npt.ArrayLike) -> Ranges:
+    """Any rows of (start, stop), sorted and merged, without the empty ones (start >= stop).
+
+    >>> normalize([[5, 9], [0, 5], [7, 8], [3, 3]]).tolist()
+    [[0, 9]]
+    """
+    rows = np.asarray(ranges, np.uint64).reshape(-1, 2)
+    rows = rows[rows[:, 0] < rows[:, 1]]
+    rows = rows[np.argsort(rows[:, 0], kind="stable")]
+    rows[:, 1] = np.maximum.accumulate(rows[:, 1])
+    return _join(rows)
+
+
+def union(a: Ranges, b: Ranges) -> Ranges:
+    """The bytes in `a` or in `b`, merged.
+
+    >>> union(normalize([[0, 4]]), normalize([[4, 6], [8, 9]])).tolist()
+    [[0, 6], [8, 9]]
+    """
+    return normalize(np.concatenate([a, b]))
+
+
+def intersect(a: Ranges, b: Ranges) -> Ranges:
+    """The bytes in both `a` and `b`, merged.
+
+    >>> intersect(normalize([[0, 4], [6, 9]]), normalize([[3, 7]])).tolist()
+    [[3, 4], [6, 7]]
+    """
+    return _join(_pieces(a, b)[1])
+
+
+def subtract(a: Ranges, b: Ranges) -> Ranges:
+    """The bytes in `a` but not in `b`, merged.
+
+    >>> subtract(normalize([[0, 9]]), normalize([[3, 7]])).tolist()
+    [[0, 3], [7, 9]]
+    """
+    return intersect(a, _complement(b))
+
+
+def total(ranges: Ranges) -> int:
+    """How many bytes the ranges have.
+
+    >>> total(normalize([[0, 4], [6, 9]]))
+    7
+    """
+    return int((ranges[:, 1] - ranges[:, 0]).sum())
+
+
+def _join(ranges: Ranges) -> Ranges:
+    """Merge sorted ranges that touch or overlap; their stops must ascend too."""
+    head, tail = _runs(len(ranges), ranges[1:, 0] > ranges[:-1, 1])
+    return np.stack([ranges[head, 0], ranges[tail, 1]], 1)
+
+
+def _runs(count: int, apart: _Bools) -> tuple[_Indices, _Indices]:
+    """First and last index of each run of rows; `apart` has a flag for each two neighbours."""
+    if not count:
+        return np.empty(0, np.intp), np.empty(0, np.intp)
+    borders = np.flatnonzero(apart)
+    return np.append(np.intp(0), borders + 1), np.append(borders, np.intp(count - 1))
+
+
+def _complement(ranges: Ranges) -> Ranges:
+    edges = np.concatenate([np.zeros(1, np.uint64), ranges.ravel(), np.full(1, _END, np.uint64)])
+    gaps = edges.reshape(-1, 2)
+    return gaps[gaps[:, 0] < gaps[:, 1]]
+
+
+def _pieces(a: Ranges, b: Ranges) -> tuple[_Indices, Ranges]:
+    """What `a` and `b` have in common, in pieces that lie in one row of each; and which row of `a`."""
+    first = np.searchsorted(a[:, 1], b[:, 0], "right")
+    count = np.searchsorted(a[:, 0], b[:, 1], "left") - first
+    in_b = np.repeat(np.arange(len(b)), count)
+    in_a = np.arange(len(in_b)) + np.repeat(first - (np.cumsum(count) - count), count)
+    starts, stops = np.maximum(a[in_a, 0], b[in_b, 0]), np.minimum(a[in_a, 1], b[in_b, 1])
+    return in_a, np.stack([starts, stops], 1)
+
+
+# -- comparing and merging
+
+
+def diff(a: Extents, keys_a: Keys, b: Extents, keys_b: Keys) -> Ranges:
+    """The bytes where `a` and `b` differ.
+
+    Two bytes are the same if both are in holes, or if they are the same byte of segments with equal keys. The
+    keys are the identities of the segments in each side's own table.
+
+    >>> diff(make([(0, 9, 0, 0)]), ["x"], make([(0, 3, 1, 0), (3, 9, 0, 0)]), ["y", "x"]).tolist()
+    [[3, 9]]
+    """
+    a, b = _identified((a, keys_a), (b, keys_b))
+    points = np.unique(np.concatenate([a["start"], a["stop"], b["start"], b["stop"]]))
+    segment_a, offset_a = _sources(a, points[:-1])
+    segment_b, offset_b = _sources(b, points[:-1])
+    differ = (segment_a != segment_b) | (offset_a != offset_b)
+    return _join(np.stack([points[:-1][differ], points[1:][differ]], 1))
+
+
+def merge(
+    old: Extents, keys_old: Keys, committed: Extents, keys_committed: Keys, new: Extents, keys_new: Keys
+) -> tuple[Extents, list[tuple[str, int]]]:
+    """Merge two changes of `old`, byte by byte: `new` where it changed something, else `committed`.
+
+    The keys are the identities of the segments in each side's own table.
+
+    Returns
+    -------
+    extents, table
+        The merged extents, coalesced. Their segment ``s`` is segment ``table[s][1]`` of the side named
+        ``table[s][0]``, "committed" or "new". Each key is listed once, and only if it is used.
+
+    Raises
+    ------
+    Overlap
+        Bytes were changed by both, and not to the same thing.
+
+    >>> old, new = make([(0, 9, 0, 0)]), make([(0, 4, 0, 0)])
+    >>> committed = make([(0, 2, 0, 0), (2, 9, 1, 2)])
+    >>> extents, table = merge(old, ["x"], committed, ["y", "x"], new, ["x"])
+    >>> extents.tolist(), table
+    ([(0, 2, 0, 0), (2, 4, 1, 2)], [('committed', 0), ('committed', 1)])
+    """
+    ours = diff(old, keys_old, new, keys_new)
+    both = intersect(ours, diff(old, keys_old, committed, keys_committed))
+    conflict = intersect(both, diff(committed, keys_committed, new, keys_new)) if len(both) else both
+    if len(conflict):
+        raise Overlap(conflict)
+    committed, new = _identified((committed, keys_committed), (new, keys_new))
+    merged = coalesce(_interleave(_restrict(committed, _complement(ours)), _restrict(new, ours)))
+    indices, merged["segment"] = np.unique(merged["segment"], return_inverse=True)
+    count = len(keys_committed)
+    return merged, [("committed", i) if i < count else ("new", i - count) for i in indices.tolist()]
+
+
+def _identified(*sides: tuple[Extents, Keys]) -> list[Extents]:
+    """The extents of each side, with segment indices into all sides' keys together; the first of equal keys."""
+    keys = [key for _, side in sides for key in side]
+    first = {key: index for index, key in reversed([*enumerate(keys)])}
+    return [renumber(extents, np.array([first[key] for key in side], np.intp)) for extents, side in sides]
+
+
+def _sources(extents: Extents, points: npt.NDArray[np.uint64]) -> tuple[npt.NDArray[np.int64], Ranges]:
+    """Segment and offset of the byte at each point; (-1, 0) in a hole."""
+    at = np.searchsorted(extents["start"], points, "right") - 1
+    inside = at >= 0
+    inside[inside] = points[inside] < extents["stop"][at[inside]]
+    found = extents[at[inside]]
+    segment, offset = np.full(len(points), -1, np.int64), np.zeros(len(points), np.uint64)
+    segment[inside] = found["segment"]
+    offset[inside] = found["offset"] + (points[inside] - found["start"])
+    return segment, offset

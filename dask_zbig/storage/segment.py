@@ -1,0 +1,298 @@
+"""Segments: immutable runs of bytes, in a ZODB Blob or in an object; and reading them from any thread.
+
+A segment has one revision for ever, so it is read without MVCC and without the user's Connection: by its oid,
+straight from the storage. That is what lets a loader thread serve a fault of any connection.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import threading
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import xxhash
+from persistent import Persistent
+from ZODB._compat import PersistentUnpickler
+from ZODB.blob import Blob
+from ZODB.interfaces import IMVCCStorage
+from ZODB.utils import load_current
+
+from dask_zbig.errors import LoadError
+from dask_zbig.storage.format import VERSION, unpack_state
+
+__all__ = ["BytesSource", "FileSource", "InlineSegment", "SegmentReader", "SegmentRef", "SegmentSource", "reader"]
+
+
+class InlineSegment(Persistent):  # type: ignore[misc]
+    """A small segment: its bytes are in the object. Immutable."""
+
+    data: bytes
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+    def __getstate__(self) -> tuple[int, bytes]:
+        return (VERSION, self.data)
+
+    def __setstate__(self, state: Any) -> None:
+        (self.data,) = unpack_state(self, state, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentRef:
+    """What an extent map knows of a segment: the object (often a ghost), its length and its checksum."""
+
+    obj: Any
+    length: int
+    checksum: int
+
+    @property
+    def key(self) -> Any:
+        """What tells segments apart: the oid, or the object itself before it has one."""
+        oid = self.obj._p_oid if isinstance(self.obj, Persistent) else self.obj.oid
+        return oid if oid is not None else id(self.obj)
+
+    @property
+    def inline(self) -> bool:
+        """Whether the bytes lie in an object."""
+        return isinstance(self.obj, InlineSegment)
+
+
+def checksum(data: Any) -> int:
+    """The format's checksum of bytes-like `data`."""
+    return int(xxhash.xxh3_64_intdigest(data))
+
+
+@dataclass(frozen=True, slots=True)
+class BytesSource:
+    """Bytes that are in memory already."""
+
+    data: bytes
+
+    @property
+    def length(self) -> int:
+        return len(self.data)
+
+    def local(self) -> bool:
+        return True
+
+    def fileno(self) -> int | None:
+        return None
+
+    def read(self, offset: int, size: int) -> bytes:
+        return self.data[offset : offset + size]
+
+
+class FileSource:
+    """A file of this process's own, such as a scratch file. The descriptor is opened once and kept."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        try:
+            self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError as e:
+            raise LoadError(e.errno, f"cannot open {path!r}: {e.strerror}") from e
+        self.close = weakref.finalize(self, os.close, self._fd)
+        self.length = os.fstat(self._fd).st_size
+
+    def local(self) -> bool:
+        return True
+
+    def fileno(self) -> int | None:
+        return self._fd
+
+    def read(self, offset: int, size: int) -> bytes:
+        return _read_all(self._fd, offset, size, self.path)
+
+
+def _read_all(fd: int, offset: int, size: int, what: object) -> bytes:
+    parts, want = [], size
+    while want:
+        try:
+            part = os.pread(fd, want, offset)
+        except OSError as e:
+            raise LoadError(e.errno, f"cannot read {want} bytes at {offset} of {what}: {e.strerror}") from e
+        if not part:
+            raise LoadError(f"{what} ends {want} bytes before byte {offset + want}: it was truncated")
+        parts.append(part)
+        want -= len(part)
+        offset += len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+class SegmentSource:
+    """A committed segment, read by its oid. Thread-safe."""
+
+    def __init__(self, reader_: SegmentReader, oid: bytes, ref: SegmentRef) -> None:
+        self._reader = reader_
+        self._oid = oid
+        self.length = ref.length
+        self._checksum = ref.checksum
+        self._inline = ref.inline
+        self._data: bytes | None = None
+        self._fd: int | None = None
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"segment 0x{self._oid.hex().lstrip('0') or '0'} ({self.length} bytes)"
+
+    def local(self) -> bool:
+        if self._fd is not None or self._data is not None or self._inline:
+            return True  # (an inline segment is one small load away, by which time its leaf has been loaded)
+        return self._reader.blob_is_local(self._oid)
+
+    def fileno(self) -> int | None:
+        if self._inline:
+            return None
+        with self._lock:
+            if self._fd is None:
+                fd = self._reader.open_blob(self._oid, self.length, self._checksum, self)
+                weakref.finalize(self, os.close, fd)
+                self._fd = fd
+            return self._fd
+
+    def read(self, offset: int, size: int) -> bytes:
+        if not self._inline:
+            fd = self.fileno()
+            assert fd is not None
+            return _read_all(fd, offset, size, self)
+        data = self._data
+        if data is None:
+            data = self._data = self._reader.load_inline(self._oid, self.length, self._checksum, self)
+        return data[offset : offset + size]
+
+    def recheck(self) -> None:
+        """Raise `LoadError` if the file is shorter than it should be by now."""
+        if self._inline:
+            return
+        fd = self.fileno()
+        assert fd is not None
+        size = os.fstat(fd).st_size
+        if size < self.length:
+            raise LoadError(f"{self} has only {size} bytes left: its file was truncated")
+
+
+class SegmentReader:
+    """Reads segments of one database from any thread."""
+
+    def __init__(self, storage: Any) -> None:
+        # A storage with MVCC of its own (RelStorage) is not safe to share between threads: an instance of our
+        # own, one thread at a time. Others are.
+        self._native = bool(IMVCCStorage.providedBy(storage))
+        self._storage = storage.new_instance() if self._native else storage
+        self._serial = threading.RLock() if self._native else None
+        self._sources: weakref.WeakValueDictionary[bytes, SegmentSource] = weakref.WeakValueDictionary()
+        self._serials: dict[bytes, bytes] = {}
+        self._verified: set[bytes] = set()
+
+    def source(self, ref: SegmentRef) -> SegmentSource:
+        """The source of a committed segment; one per segment while anybody uses it."""
+        oid = ref.obj._p_oid if isinstance(ref.obj, Persistent) else ref.obj.oid
+        source = self._sources.get(oid)
+        if source is None:
+            source = self._sources.setdefault(oid, SegmentSource(self, oid, ref))
+        return source
+
+    def _call(self, method: Any, *args: Any) -> Any:
+        if self._serial is None:
+            return method(*args)
+        with self._serial:
+            if self._native:
+                self._storage.poll_invalidations()
+            return method(*args)
+
+    def _load(self, oid: bytes, what: object) -> tuple[bytes, bytes]:
+        try:
+            record, serial = self._call(load_current, self._storage, oid)
+        except Exception as e:  # whatever this storage raises: the caller wants to know what could not be read
+            raise LoadError(f"cannot load {what}: {type(e).__name__}: {e}") from e
+        return record, serial
+
+    def load_inline(self, oid: bytes, length: int, expected: int, what: object) -> bytes:
+        """The bytes of an `InlineSegment`, checked."""
+        record, _ = self._load(oid, what)
+        unpickler = PersistentUnpickler(_find_class, lambda ref: ref, io.BytesIO(record))
+        unpickler.load()  # the class
+        (data,) = unpack_state(InlineSegment, unpickler.load(), 1)
+        if len(data) != length or checksum(data) != expected:
+            raise LoadError(f"{what} is damaged: its {len(data)} bytes do not have the checksum stored beside it")
+        return bytes(data)
+
+    def _blob_serial(self, oid: bytes, what: object) -> bytes:
+        serial = self._serials.get(oid)
+        if serial is None:
+            _, serial = self._load(oid, what)
+            self._serials[oid] = serial
+        return serial
+
+    def blob_is_local(self, oid: bytes) -> bool:
+        """Whether the blob's file is on this host already."""
+        helper = getattr(self._storage, "fshelper", None)
+        if helper is None or not self._downloads():
+            return True
+        try:
+            serial = self._blob_serial(oid, "a segment")
+        except LoadError:
+            return False
+        return os.path.exists(helper.getBlobFilename(oid, serial))
+
+    def _downloads(self) -> bool:
+        """Whether the storage keeps copies of blobs that it gets from a server."""
+        return not getattr(self._storage, "shared_blob_dir", True)
+
+    def open_blob(self, oid: bytes, length: int, expected: int, what: object) -> int:
+        """A descriptor of a blob's file, of the right length (and, if it was downloaded, checksum)."""
+        serial = self._blob_serial(oid, what)
+        for last_try in (False, True):
+            try:
+                path = self._call(self._storage.loadBlob, oid, serial)
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except Exception as e:  # as in _load
+                if last_try:
+                    raise LoadError(f"cannot open the file of {what}: {type(e).__name__}: {e}") from e
+                continue
+            problem = self._problem(fd, oid, length, expected)
+            if problem is None:
+                return fd
+            os.close(fd)
+            if last_try or not self._downloads():
+                raise LoadError(f"the file of {what}, {path!r}, {problem}")
+            os.unlink(path)  # ZEO appends to a stale partial download and serves it: fetch it again
+        raise AssertionError
+
+    def _problem(self, fd: int, oid: bytes, length: int, expected: int) -> str | None:
+        size = os.fstat(fd).st_size
+        if size != length:
+            return f"has {size} bytes where {length} were stored"
+        if self._downloads() and oid not in self._verified:
+            digest = xxhash.xxh3_64()
+            for at in range(0, length, 8 << 20):
+                digest.update(os.pread(fd, 8 << 20, at))
+            if digest.intdigest() != expected:
+                return "does not have the checksum stored beside it"
+            self._verified.add(oid)
+        return None
+
+
+def _find_class(module: str, name: str) -> Any:
+    """The two classes that a segment's record may name; anything else in its place is damage."""
+    for cls in (InlineSegment, Blob):
+        if (module, name) == (cls.__module__, cls.__name__):
+            return cls
+    raise LoadError(f"a segment's record names the class {module}.{name}")
+
+
+_readers: weakref.WeakKeyDictionary[Any, SegmentReader] = weakref.WeakKeyDictionary()
+_readers_lock = threading.Lock()
+
+
+def reader(db: Any) -> SegmentReader:
+    """The reader of a ZODB.DB."""
+    with _readers_lock:
+        found = _readers.get(db)
+        if found is None:
+            found = _readers[db] = SegmentReader(db.storage)
+        return found

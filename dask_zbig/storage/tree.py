@@ -1,0 +1,330 @@
+"""The persistent extent map: `ZBigFile`, and the radix tree of `ExtentNode` and `ExtentLeaf` under it.
+
+Like an MMU's page table it has fixed keys and is never rebalanced, so which bytes an invalidation touches has
+an exact answer. Two transactions that change different bytes of one leaf are merged when the second commits.
+
+These classes are imported by storage servers too, to resolve conflicts: this module needs no compiled core.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from persistent import Persistent
+from ZODB.POSException import ConflictError
+
+from dask_zbig.errors import FormatError
+from dask_zbig.storage import extents as ex
+from dask_zbig.storage.format import FANOUT, LEAF_BYTES, VERSION, unpack_state
+from dask_zbig.storage.segment import SegmentRef
+
+__all__ = ["ExtentLeaf", "ExtentNode", "Truncation", "ZBigFile", "node_bytes", "on_store", "watch"]
+
+_SEGMENT = np.dtype([("length", "<u8"), ("checksum", "<u8")])
+_KEY = np.dtype("<u2")
+#: A resize makes this many leaves ahead (16 GiB): writers of different bytes conflict only where both would
+#: make the same leaf.
+LEAVES_AHEAD = 256
+
+_watchers: weakref.WeakKeyDictionary[Any, Callable[[], None]] = weakref.WeakKeyDictionary()
+_storers: weakref.WeakKeyDictionary[Any, Callable[[Any], None]] = weakref.WeakKeyDictionary()
+
+
+def watch(obj: _Watched, callback: Callable[[], None]) -> None:
+    """Have `callback` called whenever `obj` is invalidated: changed elsewhere, or its changes aborted.
+
+    Not called for the connection's own commits. Works for ghosts. The callback must not load anything.
+    """
+    _watchers[obj] = callback
+
+
+def on_store(file: ZBigFile, callback: Callable[[Any], None]) -> None:
+    """Have `callback(connection or None)` called before the state of a file is taken, to store or to pickle."""
+    _storers[file] = callback
+
+
+def node_bytes(level: int) -> int:
+    """Bytes covered by one child of a node of this level."""
+    return int(LEAF_BYTES * FANOUT ** (level - 1))
+
+
+class _Watched(Persistent):  # type: ignore[misc]
+    def _p_invalidate(self) -> None:
+        callback = _watchers.get(self)
+        if callback is not None:
+            callback()
+        super()._p_invalidate()
+
+
+class ExtentLeaf(_Watched):
+    """64 MiB of the extent map. Its extents are never changed in place, only replaced."""
+
+    extents: npt.NDArray[np.void]
+    refs: tuple[SegmentRef, ...]
+
+    def __init__(self) -> None:
+        self.extents = ex.empty()
+        self.refs = ()
+
+    def __getstate__(self) -> tuple[Any, ...]:
+        table = np.array([(r.length, r.checksum) for r in self.refs], _SEGMENT)
+        return (VERSION, self.extents.tobytes(), table.tobytes(), tuple(r.obj for r in self.refs))
+
+    def __setstate__(self, state: Any) -> None:
+        self.extents, self.refs = _decode_leaf(self, state)
+
+    def splice(self, new: npt.NDArray[np.void], refs: Sequence[SegmentRef]) -> None:
+        """Put `new` extents, whose segment indices are into `refs`, over what is there."""
+        keys = {r.key: i for i, r in enumerate(self.refs)}
+        table = list(self.refs)
+        mapping = np.zeros(len(refs), np.int64)
+        for i in ex.used(new).tolist():
+            index = keys.get(refs[i].key)
+            if index is None:
+                index = len(table)
+                table.append(refs[i])
+            mapping[i] = index
+        self._replace(ex.splice(self.extents, ex.renumber(new, mapping)), table)
+
+    def cut(self, lo: int, hi: int) -> None:
+        """Make [lo, hi) a hole."""
+        left = ex.cut(self.extents, lo, hi)
+        if left.tobytes() != self.extents.tobytes():
+            self._replace(left, self.refs)
+
+    def _replace(self, extents: npt.NDArray[np.void], table: Sequence[SegmentRef]) -> None:
+        extents = ex.coalesce(extents)
+        used = ex.used(extents)
+        mapping = np.zeros(len(table), np.int64)
+        mapping[used] = np.arange(len(used))
+        self.extents = ex.renumber(extents, mapping)
+        self.refs = tuple(table[i] for i in used.tolist())
+
+    def _p_resolveConflict(self, old: Any, committed: Any, new: Any) -> Any:
+        """Merge by byte range. The references are ZODB's placeholders here: only their oids may be looked at."""
+        states = [_decode_leaf(self, s) for s in (old, committed, new)]
+        keys = [[_identity(r.obj) for r in refs] for _, refs in states]
+        try:
+            extents, table = ex.merge(
+                states[0][0], keys[0], states[1][0], keys[1], states[2][0], keys[2]
+            )
+        except ex.Overlap as overlap:
+            first = overlap.ranges[0].tolist()
+            raise ConflictError(
+                f"bytes {first[0]}..{first[1]} of an array were changed by another transaction"
+            ) from overlap
+        sides = {"committed": states[1][1], "new": states[2][1]}
+        refs = [sides[side][i] for side, i in table]
+        packed = np.array([(r.length, r.checksum) for r in refs], _SEGMENT)
+        return (VERSION, extents.tobytes(), packed.tobytes(), tuple(r.obj for r in refs))
+
+
+def _identity(reference: Any) -> tuple[Any, Any]:
+    return (reference.oid, getattr(reference, "database_name", None))
+
+
+def _decode_leaf(leaf: ExtentLeaf, state: Any) -> tuple[npt.NDArray[np.void], tuple[SegmentRef, ...]]:
+    packed, table, objects = unpack_state(leaf, state, 3)
+    if len(packed) % ex.EXTENT.itemsize or len(table) != len(objects) * _SEGMENT.itemsize:
+        raise FormatError(f"ExtentLeaf {leaf._p_oid!r} has tables of {len(packed)} and {len(table)} bytes")
+    extents = np.frombuffer(packed, ex.EXTENT)
+    segments = np.frombuffer(table, _SEGMENT)
+    lo = int(extents["start"][0]) // LEAF_BYTES * LEAF_BYTES if len(extents) else 0
+    ex.validate(extents, segments["length"].tolist(), lo, lo + LEAF_BYTES)
+    refs = tuple(
+        SegmentRef(obj, length, checksum)
+        for obj, (length, checksum) in zip(objects, segments.tolist(), strict=True)
+    )
+    return extents, refs
+
+
+class ExtentNode(_Watched):
+    """A node of the extent map: up to 1024 children by fixed index."""
+
+    level: int
+    children: dict[int, Any]
+
+    def __init__(self, level: int) -> None:
+        self.level = level
+        self.children = {}
+
+    def __getstate__(self) -> tuple[Any, ...]:
+        keys = sorted(self.children)
+        return (VERSION, self.level, np.array(keys, _KEY).tobytes(), tuple(self.children[k] for k in keys))
+
+    def __setstate__(self, state: Any) -> None:
+        self.level, keys, children = _decode_node(self, state)
+        self.children = dict(zip(keys, children, strict=True))
+
+    def put(self, key: int, child: Any) -> None:
+        """Add or replace a child."""
+        self.children[key] = child
+        self._p_changed = True
+
+    def cut(self, first: int) -> None:
+        """Remove the children from `first` on."""
+        doomed = [k for k in self.children if k >= first]
+        for k in doomed:
+            del self.children[k]
+        if doomed:
+            self._p_changed = True
+
+    def _p_resolveConflict(self, old: Any, committed: Any, new: Any) -> Any:
+        """Merge by child. A child that both put is a conflict: which bytes it has cannot be seen from here."""
+        sides = []
+        for state in (old, committed, new):
+            level, keys, children = _decode_node(self, state)
+            sides.append(dict(zip(keys, children, strict=True)))
+        o, c, n = sides
+        merged = {}
+        for key in sorted(set(o) | set(c) | set(n)):
+            ours, theirs, base = (_identity(d[key]) if key in d else None for d in (n, c, o))
+            if ours != base and theirs != base and ours != theirs:
+                raise ConflictError(f"bytes of child {key} were first written by another transaction")
+            winner = c if ours == base else n
+            if key in winner:
+                merged[key] = winner[key]
+        return (VERSION, level, np.array(list(merged), _KEY).tobytes(), tuple(merged.values()))
+
+
+def _decode_node(node: ExtentNode, state: Any) -> tuple[int, list[int], tuple[Any, ...]]:
+    level, packed, children = unpack_state(node, state, 3)
+    keys = np.frombuffer(packed, _KEY).tolist()
+    if len(keys) != len(children) or any(a >= b for a, b in zip(keys, [*keys[1:], FANOUT], strict=True)):
+        raise FormatError(f"ExtentNode {node._p_oid!r} has the keys {keys[:8]}... for {len(children)} children")
+    return level, keys, children
+
+
+class Truncation(Persistent):  # type: ignore[misc]
+    """Counts the times when bytes were cut off a file."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __getstate__(self) -> tuple[int, int]:
+        return (VERSION, self.count)
+
+    def __setstate__(self, state: Any) -> None:
+        (self.count,) = unpack_state(self, state, 1)
+
+
+class ZBigFile(_Watched):
+    """An endless file of bytes: zeros where nothing was written."""
+
+    def __init__(self) -> None:
+        self.depth = 0
+        self.root: Any = None
+        self.truncation = Truncation()
+
+    def __getstate__(self) -> tuple[Any, ...]:
+        callback = _storers.get(self)
+        if callback is not None:
+            callback(self._p_jar)
+        return (VERSION, self.depth, self.root, self.truncation)
+
+    def __setstate__(self, state: Any) -> None:
+        self.depth, self.root, self.truncation = unpack_state(self, state, 3)
+
+    # -- reading
+
+    def nodes(self, lo: int, hi: int) -> Iterator[tuple[ExtentNode, int, int]]:
+        """The nodes that cover bytes of [lo, hi), with the bytes each covers: watched, they tell of new leaves."""
+        if self.depth and self.root is not None:
+            yield from _nodes(self.root, 0, lo, hi)
+
+    def leaves(self, lo: int, hi: int) -> Iterator[tuple[int, ExtentLeaf]]:
+        """The existing leaves that cover bytes of [lo, hi), by ascending index."""
+        if self.root is None:
+            return
+        if self.depth == 0:
+            if lo < LEAF_BYTES and hi > 0:
+                yield 0, self.root
+            return
+        yield from _leaves(self.root, 0, lo, hi)
+
+    # -- changing
+
+    def reserve(self, size: int, grown_from: int = 0) -> None:
+        """Make the tree deep enough for `size` bytes, with the first leaves of what is new.
+
+        It is whoever changes the size that changes the tree's shape; so writers of data need not, and do not
+        conflict with each other over it.
+        """
+        while size > (node_bytes(self.depth + 1) if self.depth or self.root is not None else 0):
+            self._deepen()
+        if self.depth == 0:
+            return
+        first = grown_from // LEAF_BYTES
+        last = -(-size // LEAF_BYTES)
+        for index in range(first, min(last, first + LEAVES_AHEAD)):
+            self.leaf(index)
+
+    def _deepen(self) -> None:
+        if self.root is None:
+            self.root = ExtentLeaf()
+            return
+        node = ExtentNode(self.depth + 1)
+        node.put(0, self.root)
+        self.root = node
+        self.depth += 1
+
+    def leaf(self, index: int) -> ExtentLeaf:
+        """The leaf of this index, made if need be."""
+        while self.root is None or (index >= FANOUT**self.depth):
+            self._deepen()
+        node = self.root
+        for level in range(self.depth, 0, -1):
+            key = index // FANOUT ** (level - 1) % FANOUT
+            child = node.children.get(key)
+            if child is None:
+                child = ExtentLeaf() if level == 1 else ExtentNode(level - 1)
+                node.put(key, child)
+            node = child
+        return node  # type: ignore[no-any-return]
+
+    def truncate(self, size: int) -> None:
+        """Cut off everything from byte `size` on: one path of the tree, whatever its size."""
+        self.truncation.count += 1
+        node, base = self.root, 0
+        for level in range(self.depth, 0, -1):
+            span = node_bytes(level)
+            key = (size - base) // span
+            node.cut(key + 1)
+            base += key * span
+            node = node.children.get(key)
+            if node is None:
+                return
+        if node is not None:
+            node.cut(size, base + LEAF_BYTES)
+
+    def clear(self) -> None:
+        """Forget everything. For a file that is not stored."""
+        self.depth = 0
+        self.root = None
+        self.truncation = Truncation()
+
+
+def _nodes(node: ExtentNode, base: int, lo: int, hi: int) -> Iterator[tuple[ExtentNode, int, int]]:
+    yield node, base, base + FANOUT * node_bytes(node.level)
+    if node.level == 1:
+        return
+    span = node_bytes(node.level)
+    for key, child in sorted(node.children.items()):
+        if base + key * span < hi and base + (key + 1) * span > lo:
+            yield from _nodes(child, base + key * span, lo, hi)
+
+
+def _leaves(node: ExtentNode, base: int, lo: int, hi: int) -> Iterator[tuple[int, ExtentLeaf]]:
+    span = node_bytes(node.level)
+    for key, child in sorted(node.children.items()):
+        at = base + key * span
+        if at >= hi or at + span <= lo:
+            continue
+        if node.level == 1:
+            yield at // LEAF_BYTES, child
+        else:
+            yield from _leaves(child, at, lo, hi)

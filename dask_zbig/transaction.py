@@ -1,0 +1,318 @@
+"""The data manager: array data's part in a connection's transactions.
+
+One `DataManager` serves one ZODB Connection, for as long as that is open. ZODB's own Connection stores the
+objects, among them the extent map; this one turns changed memory into segments before that, and keeps what is
+mapped true to the snapshot that the connection sees.
+
+A write to memory runs no Python, so nothing joins a transaction when it happens. Therefore the manager joins
+when a view is made and, at the latest, in ``beforeCompletion``, where it makes the Connection join as well:
+joining during the commit is too late. It flushes in ``tpc_begin``, sorted before everything else, so that no
+storage is locked yet while data is written and synced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import threading
+import types
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import transaction
+from transaction._transaction import Status
+from transaction.interfaces import NoTransaction
+from ZODB.POSException import ConnectionStateError
+
+from dask_zbig import database
+from dask_zbig.config import get
+from dask_zbig.errors import ClosedError, NotStoredError
+from dask_zbig.flush import Target, flush
+from dask_zbig.openfile import Layer, OpenFile, Owner
+from dask_zbig.storage.segment import reader
+from dask_zbig.storage.tree import ZBigFile
+
+__all__ = ["DataManager", "manager_of", "open_file", "store_new"]
+
+_managers: weakref.WeakKeyDictionary[Any, DataManager] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def manager_of(connection: Any) -> DataManager:
+    """The data manager of an open Connection."""
+    manager = _managers.get(connection)
+    if manager is None or not manager.current():
+        if connection.opened is None:
+            raise ClosedError(f"the connection of this array is closed: {connection!r}")
+        with _lock:
+            manager = _managers.get(connection)
+            if manager is None or not manager.current():
+                if manager is not None:
+                    manager.close()
+                manager = _managers[connection] = DataManager(connection)
+    return manager
+
+
+def open_file(file: ZBigFile, owner: Owner, connection: Any) -> OpenFile:
+    """`file` as its connection has it open; `connection` is None for an array that no database knows yet."""
+    if connection is not None:
+        manager = manager_of(connection)
+        opened = manager.files.get(file)
+        if opened is None:
+            opened = _unattached(file)
+            if opened is None:
+                opened = OpenFile(file, owner, manager.scratch)
+            manager.adopt(opened)
+        return opened
+    opened = _unattached(file)
+    if opened is None:
+        opened = OpenFile(file, owner, _scratch_directory(None))
+        file._v_open = opened
+    return opened
+
+
+def _unattached(file: ZBigFile) -> OpenFile | None:
+    return file.__dict__.get("_v_open")
+
+
+def store_new(opened: OpenFile, connection: Any) -> None:
+    """A file's state is being taken. If it has just become part of a database, its data goes there first."""
+    if connection is None:
+        raise NotStoredError(
+            "an array that is not stored in a database cannot be pickled: store it and commit first"
+        )
+    manager = manager_of(connection)
+    if opened.manager is None:
+        manager.adopt(opened)
+    # A savepoint takes states, too; data then stays in memory, and is flushed when the commit begins.
+    committing = manager.transaction_manager.get().status == Status.COMMITTING
+    if committing and opened.dirty and opened.file not in manager.flushing:
+        manager.flush(opened)
+
+
+def _scratch_directory(connection: Any) -> str:
+    configured = get("scratch-directory")
+    if configured:
+        return str(configured)
+    if connection is not None and database.has_blobs(connection):
+        return str(connection._normal_storage.temporaryDirectory())
+    return tempfile.gettempdir()
+
+
+class DataManager:
+    """See the module. Implements ``transaction``'s IDataManager, ISavepointDataManager and ISynchronizer."""
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = weakref.ref(connection)
+        self.transaction_manager = connection.transaction_manager
+        self.files: dict[ZBigFile, OpenFile] = {}
+        self.flushing: set[ZBigFile] = set()
+        self._transaction: Any = None  # the one we have joined
+        self._cache = connection._cache
+        self._blobs = database.has_blobs(connection)
+        self.scratch = _scratch_directory(connection)
+        self.reader = reader(connection.db())
+        self._db = weakref.ref(connection.db())
+        self._snapshot = database.snapshot(connection)
+        self.writeable = connection.before is None and not connection.isReadOnly()
+        _guard(connection)
+        self.transaction_manager.registerSynch(self)
+
+    @property
+    def connection(self) -> Any:
+        """The Connection."""
+        connection = self._connection()
+        assert connection is not None
+        return connection
+
+    def current(self) -> bool:
+        """Whether this manager still serves its connection: not after that was closed, or lost its cache."""
+        connection = self._connection()
+        return connection is not None and connection.opened is not None and connection._cache is self._cache
+
+    def adopt(self, opened: OpenFile) -> None:
+        """Serve this file from now on."""
+        opened.attach(self)
+        self.files[opened.file] = opened
+        opened.file.__dict__.pop("_v_open", None)
+
+    @contextlib.contextmanager
+    def snapshot_connection(self) -> Iterator[Any]:
+        """Another connection that sees what this one does, for a loader thread."""
+        db = self._db()
+        manager = transaction.TransactionManager(explicit=True)
+        connection = database.open_at(db, self._snapshot, manager)
+        manager.begin()
+        try:
+            yield connection
+        finally:
+            manager.abort()
+            connection.close()
+
+    # -- joining
+
+    def join(self) -> None:
+        """Take part in the current transaction."""
+        if self._transaction is not None:
+            return
+        with contextlib.suppress(NoTransaction):  # explicit mode, outside of any: reading is allowed
+            current = self.transaction_manager.get()
+            if self._transaction is None:  # get() may have begun one, which calls newTransaction
+                current.join(self)
+                self._transaction = current
+
+    @property
+    def dirty(self) -> bool:
+        """Whether any array has uncommitted changes (or cannot be committed)."""
+        return any(f.dirty for f in self.files.values())
+
+    def beforeCompletion(self, current: Any) -> None:
+        """Called before a commit and before an abort."""
+        if not self.dirty or current.status == Status.COMMITFAILED:
+            return
+        if self._transaction is None:
+            current.join(self)
+            self._transaction = current
+        connection = self.connection
+        if connection._needs_to_join:
+            current.join(connection)
+            connection._needs_to_join = False
+
+    # -- two phases
+
+    def sortKey(self) -> str:
+        """First of all."""
+        return "\x00dask_zbig"
+
+    def tpc_begin(self, current: Any) -> None:
+        """Write data out, sync it, and change the extent map."""
+        for opened in list(self.files.values()):
+            if opened.dirty:
+                self.flush(opened)
+
+    def flush(self, opened: OpenFile) -> None:
+        """Flush one file, once in a transaction."""
+        self.flushing.add(opened.file)
+        flush(opened, Target(self.connection, self._blobs, self.scratch, get("inline-limit")))
+
+    def commit(self, current: Any) -> None:
+        """The Connection does the rest."""
+
+    def tpc_vote(self, current: Any) -> None:
+        """As in `commit`."""
+
+    def tpc_finish(self, current: Any) -> None:
+        """Nothing here may fail, and the storage is not done yet: see `afterCompletion`."""
+
+    def tpc_abort(self, current: Any) -> None:
+        """The commit failed: what it wrote is undone as by `abort`."""
+        self.abort(current)
+
+    def abort(self, current: Any) -> None:
+        """Forget all changes."""
+        for opened in list(self.files.values()):
+            if opened.dirty:
+                opened.discard()
+        self._transaction = None
+        self.flushing.clear()
+
+    # -- boundaries
+
+    def afterCompletion(self, current: Any) -> None:
+        """The transaction is over."""
+        done = current.status == Status.COMMITTED
+        self._transaction = None
+        self.flushing.clear()
+        for file, opened in list(self.files.items()):
+            if done:
+                if opened.flushed:
+                    opened.settle()
+            elif opened.dirty:
+                opened.discard()
+            if file._p_jar is None and not done:  # it was new
+                del self.files[file]
+                opened.reset()
+                file._v_open = opened
+                continue
+            opened.boundary()
+            opened.rest()
+
+    def newTransaction(self, current: Any) -> None:
+        """A transaction begins. The connection tells, by `polled`, when it has moved to its snapshot."""
+        if any(not w.idle for f in self.files.values() for w in f.space.windows()):
+            current.join(self)
+            self._transaction = current
+
+    def polled(self) -> None:
+        """The connection has processed invalidations: extents that changed are known to be stale."""
+        self._snapshot = database.snapshot(self.connection)
+        for opened in self.files.values():
+            opened.boundary()
+
+    # -- savepoints
+
+    def savepoint(self) -> _Savepoint:
+        """Changes so far become layers that a rollback comes back to."""
+        for opened in self.files.values():
+            opened.freeze()
+        return _Savepoint(self, {file: opened.layers for file, opened in self.files.items()})
+
+    def rollback(self, state: dict[ZBigFile, tuple[Layer, ...]]) -> None:
+        """Back to `state`."""
+        for file, opened in self.files.items():
+            opened.rollback(state.get(file, ()))
+
+    # -- closing
+
+    def close(self) -> None:
+        """The connection goes: nothing is served any more."""
+        self.transaction_manager.unregisterSynch(self)
+        for opened in self.files.values():
+            opened.close()
+        self.files.clear()
+
+
+class _Savepoint:
+    def __init__(self, manager: DataManager, state: dict[ZBigFile, tuple[Layer, ...]]) -> None:
+        self._manager = manager
+        self._state = state
+
+    def rollback(self) -> None:
+        self._manager.rollback(self._state)
+
+
+def _guard(connection: Any) -> None:
+    """Wrap two methods of this Connection object, once.
+
+    ``newTransaction``: other synchronizers may run before the connection has polled for invalidations, or
+    after; this is the one place that knows. ``close``: ZODB refuses to close a connection with changed objects,
+    but what close callbacks raise is only logged.
+    """
+    if "_zbig_guarded" in connection.__dict__:
+        return
+    cls = type(connection)
+
+    def new_transaction(self: Any, current: Any, sync: bool = True) -> None:
+        cls.newTransaction(self, current, sync)
+        manager = _managers.get(self)
+        if manager is not None and manager.current():
+            manager.polled()
+
+    def close(self: Any, primary: bool = True) -> None:
+        manager = _managers.get(self)
+        if manager is not None and self._needs_to_join:  # else ZODB refuses
+            if manager.dirty:
+                names = ", ".join(repr(f.owner) for f in manager.files.values() if f.dirty)
+                raise ConnectionStateError(
+                    f"Cannot close a connection with uncommitted changes of {names}: commit or abort first"
+                )
+            with _lock:
+                _managers.pop(self, None)
+            manager.close()
+        cls.close(self, primary)
+
+    connection.newTransaction = types.MethodType(new_transaction, connection)
+    connection.close = types.MethodType(close, connection)
+    connection._zbig_guarded = True
+
