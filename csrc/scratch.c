@@ -333,7 +333,6 @@ static void end_generation(zb_space *s, uint64_t *first, uint64_t *last)
     s->in_file = 0;
     s->nslots = 0;
     s->dirty_pages = 0;
-    memset(s->streams, 0, sizeof s->streams);
 }
 
 static size_t count_runs(const zb_space *s)

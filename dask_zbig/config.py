@@ -16,6 +16,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
+import dask.config
+from dask.utils import parse_bytes, parse_timedelta
+
 __all__ = ["OPTIONS", "Option", "get"]
 
 
@@ -29,8 +32,6 @@ class Option:
 
 
 def _seconds(value: Any) -> float:
-    from dask.utils import parse_timedelta
-
     seconds = float(parse_timedelta(value, default="s"))
     if not seconds > 0:
         raise ValueError("it must be more than 0 seconds")
@@ -38,8 +39,6 @@ def _seconds(value: Any) -> float:
 
 
 def _size(value: Any) -> int:
-    from dask.utils import parse_bytes
-
     size = int(parse_bytes(value))
     if size < 0:
         raise ValueError("a size cannot be negative")
@@ -110,8 +109,6 @@ def get(name: str) -> Any:
     >>> get("inline-limit")
     65536
     """
-    import dask.config
-
     option = OPTIONS[name]
     value = dask.config.get(f"zbig.{name}", default=option.default)
     try:

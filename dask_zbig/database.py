@@ -96,8 +96,8 @@ def register(db: ZODB.DB) -> Location:
         known = _registry.add(db, describe(db, None))
     if known.pid != os.getpid():
         raise ForkError(
-            f"the database {known.alias} was opened by process {known.pid}, before the fork that made this one "
-            f"({os.getpid()}); open it again here"
+            f"the database {known.alias} was opened by process {known.pid}, before the fork that made "
+            f"process {os.getpid()}; open it again here"
         )
     return known
 

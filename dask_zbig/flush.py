@@ -78,18 +78,23 @@ def _differing(new: bytes, old: bytearray, at: int, granule: int) -> list[list[i
     """Ranges of the elements, clipped to these bytes, in which some byte differs."""
     if new == old:
         return []
-    where = np.flatnonzero(np.frombuffer(new, np.uint8) != np.frombuffer(old, np.uint8))
-    items = (where + at) // granule
+    first_item = at // granule
+    head = at - first_item * granule
+    items = -(-(head + len(new)) // granule)
+    unequal = np.zeros(items * granule, np.bool_)
+    np.not_equal(np.frombuffer(new, np.uint8), np.frombuffer(old, np.uint8), out=unequal[head : head + len(new)])
+    wide = np.dtype(f"u{granule}") if granule in (1, 2, 4, 8) else None
+    changed = unequal.view(wide) != 0 if wide is not None else unequal.reshape(-1, granule).any(axis=1)
+    turns = np.flatnonzero(changed[1:] != changed[:-1]) + 1
+    turns = np.concatenate([[0] if changed[0] else [], turns, [items] if changed[-1] else []]).astype(np.int64)
+    lo, hi = turns[0::2], turns[1::2]
     gap = 1
-    while True:
-        breaks = np.flatnonzero(np.diff(items) > gap)
-        if len(breaks) < MAX_RANGES:
-            break
+    while len(lo) > MAX_RANGES:
         gap *= 4
-    first = np.concatenate([items[:1], items[breaks + 1]]) * granule
-    last = (np.concatenate([items[breaks], items[-1:]]) + 1) * granule
-    lo = np.maximum(first, at)
-    hi = np.minimum(last, at + len(new))
+        apart = lo[1:] - hi[:-1] > gap
+        lo, hi = lo[np.append(True, apart)], hi[np.append(apart, True)]
+    lo = np.maximum((lo + first_item) * granule, at)
+    hi = np.minimum((hi + first_item) * granule, at + len(new))
     return np.stack([lo, hi], 1).tolist()  # type: ignore[no-any-return]
 
 

@@ -73,8 +73,9 @@ def why_not(location: Location) -> str:
     alias, owner = location.alias, location.pid
     if not location.exclusive:
         return (
-            f"nothing says how to open the database {alias} from here: its settings hold a secret, or it was not "
-            f"opened with dz.open; set Dask's option zbig.database-uris to {{{alias!r}: '<URI or ZConfig text>'}}"
+            f"nothing says how to open the database {alias} from here: its settings hold a secret, or it was "
+            "not opened with dz.open; set Dask's option zbig.database-uris to "
+            f"{{{alias!r}: '<URI or ZConfig text>'}}"
         )
     path = alias.removeprefix("file://")
     name = f"FileStorage {path!r}" if path != alias else f"the database {alias}"

@@ -7,9 +7,8 @@ import inspect
 import math
 import os
 import weakref
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import zc.lockfile
 import ZConfig
@@ -22,9 +21,12 @@ from dask_zbig.errors import DatabaseUnavailableError, ZBigError
 from dask_zbig.storage.filestorage import FileStorage, blob_directory
 from dask_zbig.storage.tempdir import PrivateDirectory
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
 __all__ = ["open_database"]
 
-_CACHE_SIZE = 10_000  # objects for each connection, as zodburi's default; ZODB's own, 400, is for small memories
+_CACHE_SIZE = 10_000  # objects for each connection; zodburi's default. ZODB's own, 400, is for small memories
 
 
 @dataclass(slots=True)
@@ -61,7 +63,8 @@ def open_database(where: str | os.PathLike[str], options: dict[str, Any]) -> tup
 
 
 def _check_options(options: dict[str, Any]) -> None:
-    known = [name for name in inspect.signature(ZODB.DB).parameters if name not in ("storage", "storage_args")]
+    parameters = inspect.signature(ZODB.DB).parameters
+    known = [name for name in parameters if name not in ("storage", "storage_args")]
     for name in options:
         if name not in known:
             raise TypeError(f"ZODB.DB has no option {name!r}; it has {', '.join(known)}")
@@ -85,9 +88,8 @@ def _uri(uri: str) -> _Source:
     blob_dir = given.get("blobstorage_dir") or blob_directory(path)
     flags = {name: bool(_integer(given[name])) for name in ("create", "read_only") if name in given}
     query = {"read_only": "1", "blobstorage_dir": os.path.abspath(blob_dir)}
-    return _Source(
-        lambda: FileStorage(path, blob_dir=blob_dir, **flags, **_quota(given)), options, uris.file_uri(path, **query)
-    )
+    text = uris.file_uri(path, **query)
+    return _Source(lambda: FileStorage(path, blob_dir=blob_dir, **flags, **_quota(given)), options, text)
 
 
 def _integer(text: str) -> int:
@@ -108,32 +110,38 @@ def _zeo(uri: str) -> _Source:
     address, given = uris.parse_zeo(uri)
     if "blob_dir" in given:
         given["blob_dir"] = os.path.abspath(os.path.expanduser(given["blob_dir"]))
-    public = uris.zeo_uri(address, **given)
-    waiting = {"wait_timeout": str(max(1, math.ceil(config.get("zeo.wait-timeout")))), **given}
     shared = _integer(given.get("shared_blob_dir", "0"))
     if shared and "blob_dir" not in given:
         raise ValueError("shared_blob_dir needs a blob_dir")
-    zodburi.resolve_uri(uris.zeo_uri(address, **waiting))  # to refuse what it does not understand
+    public = uris.zeo_uri(address, **given)
+    given.setdefault("wait_timeout", str(max(1, math.ceil(config.get("zeo.wait-timeout")))))
+
+    def client(**more: str) -> Any:
+        return zodburi.resolve_uri(uris.zeo_uri(address, **given, **more))[0]()
 
     def storage() -> Any:
-        if "blob_dir" in given:
-            if shared and not os.path.isdir(given["blob_dir"]):
-                raise DatabaseUnavailableError(
-                    f"the shared blob directory {given['blob_dir']!r} of {uris.mask(public)!r} is not on this host; "
-                    "give the URI another blob_dir and leave shared_blob_dir out"
-                )
-            return zodburi.resolve_uri(uris.zeo_uri(address, **waiting))[0]()
-        cache = PrivateDirectory("cache", config.get("scratch-directory"))
-        try:
-            blob_dir = os.path.join(cache.path, "blobs")
-            client = zodburi.resolve_uri(uris.zeo_uri(address, **waiting, blob_dir=blob_dir))[0]()
-        except BaseException:
-            cache.close()
-            raise
-        weakref.finalize(client, cache.close)
-        return client
+        if "blob_dir" not in given:
+            return _with_private_blobs(client)
+        if shared and not os.path.isdir(given["blob_dir"]):
+            raise DatabaseUnavailableError(
+                f"the shared blob directory {given['blob_dir']!r} of {uris.mask(public)!r} is not on this "
+                "host: use a URI without blob_dir and shared_blob_dir here"
+            )
+        return client()
 
     return _Source(storage, zodburi.resolve_uri(public)[1], public)
+
+
+def _with_private_blobs(client: Callable[..., Any]) -> Any:
+    """Make a ZEO client with a blob cache of its own: without one it can neither read nor store blobs."""
+    cache = PrivateDirectory("cache", config.get("scratch-directory"))
+    try:
+        storage = client(blob_dir=os.path.join(cache.path, "blobs"))
+    except BaseException:
+        cache.close()
+        raise
+    weakref.finalize(storage, cache.close)
+    return storage
 
 
 def _storage_section(text: str) -> _Source:
@@ -167,6 +175,8 @@ def _understanding(text: str) -> Iterator[None]:
         raise
     except (FileStorageFormatError, IsADirectoryError) as error:
         raise uris.bad(text, error) from error
+    except POSError:
+        raise
     except (ZConfig.ConfigurationError, LookupError, TypeError, ValueError) as error:
         raise uris.bad(text, error) from None  # their text repeats ours, secrets and all
 
@@ -181,10 +191,12 @@ def _reaching(text: str) -> Iterator[None]:
         raise
     except zc.lockfile.LockError as error:
         raise DatabaseUnavailableError(
-            f"FileStorage {name} is open already, in another process or in this one, and only one can open it: "
-            f"serve it with dz.serve(path) or `dask-zbig serve`, and open the URI that this gives"
+            f"FileStorage {name} is open already, in another process or in this one, and can be open once "
+            "only: serve it with dz.serve(path) or `dask-zbig serve`, and open the URI that this gives"
         ) from error
     except (OSError, POSError) as error:
-        if type(error).__name__ == "ClientDisconnected":
+        from ZEO.Exceptions import ClientDisconnected
+
+        if isinstance(error, ClientDisconnected):
             raise DatabaseUnavailableError(f"no ZEO server answers at {name}: {error}") from error
         raise DatabaseUnavailableError(f"the database {name} cannot be opened: {error}") from error

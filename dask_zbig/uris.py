@@ -14,7 +14,22 @@ from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 from dask_zbig.errors import DatabaseURIError
 
-__all__ = ["bad", "classify", "file_uri", "fingerprint", "has_secret", "mask", "parse_file", "parse_zeo", "zeo_alias", "zeo_uri"]
+__all__ = [
+    "Address",
+    "bad",
+    "classify",
+    "file_uri",
+    "fingerprint",
+    "has_secret",
+    "mask",
+    "parse_file",
+    "parse_zeo",
+    "zeo_alias",
+    "zeo_uri",
+]
+
+Address = str | tuple[str, int]
+"""The path of a unix socket, or host and port."""
 
 Kind = Literal["path", "uri", "zconfig"]
 
@@ -31,8 +46,8 @@ _SECRET = re.compile(
 )
 _USER = re.compile(r"(://[^/?#\s:@]*:)[^/?#\s]*@")
 _ACCEPTED = (
-    "a database is named by a file's path ('data/x.fs'), a URI ('zeo://localhost:8100', 'zeo:///path/to/socket', "
-    "'file:///data/x.fs', 'memory://', 'zconfig:///path/to/zodb.conf'), "
+    "a database is named by a file's path ('data/x.fs'), a URI ('zeo://localhost:8100', "
+    "'zeo:///path/to/socket', 'file:///data/x.fs', 'memory://', 'zconfig:///path/to/zodb.conf'), "
     "or ZConfig text ('<zodb> ... </zodb>', '<zeoclient> ... </zeoclient>')"
 )
 
@@ -112,7 +127,7 @@ def parse_file(uri: str) -> tuple[str, dict[str, str]] | None:
     return os.path.abspath(path), options
 
 
-def parse_zeo(uri: str) -> tuple[str | tuple[str, int], dict[str, str]]:
+def parse_zeo(uri: str) -> tuple[Address, dict[str, str]]:
     """Return the address and the options of a ``zeo://`` URI.
 
     >>> parse_zeo("zeo://localhost:8100?storage=2")
@@ -133,7 +148,7 @@ def parse_zeo(uri: str) -> tuple[str | tuple[str, int], dict[str, str]]:
     return os.path.normpath(parts.path), options
 
 
-def zeo_uri(address: str | tuple[str, int], **options: Any) -> str:
+def zeo_uri(address: Address, **options: Any) -> str:
     """Return the URI of a ZEO server.
 
     >>> zeo_uri(("127.0.0.1", 8100), blob_dir="/data/x.fs.blobs", shared_blob_dir="true")
@@ -148,7 +163,7 @@ def zeo_uri(address: str | tuple[str, int], **options: Any) -> str:
     return f"zeo://{place}?{query}" if query else f"zeo://{place}"
 
 
-def zeo_alias(addresses: list[str | tuple[str, int]], storage: str) -> str:
+def zeo_alias(addresses: list[Address], storage: str) -> str:
     """Return the alias of a storage of a ZEO server, the same however it was opened."""
     place = ",".join(zeo_uri(address).removeprefix("zeo://") for address in addresses)
     return f"zeo://{place}" + ("" if storage == "1" else f"#{quote(storage)}")

@@ -1,0 +1,1 @@
+"""The ``dask-zbig`` command: one module for each of its commands."""
