@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transaction.interfaces import ITransactionManager
     from ZODB.Connection import Connection
 
-__all__ = ["Location", "database", "has_blobs", "location", "open", "open_at", "register", "snapshot"]
+__all__ = ["Location", "database", "has_blobs", "location", "open", "open_at", "register", "snapshot", "sync"]
 
 
 def open(where: str | os.PathLike[str], **db_options: Any) -> ZODB.DB:
@@ -192,7 +192,7 @@ def open_at(
     while True:
         if tid <= db.lastTransaction():
             return db.open(transaction_manager, at=tid)
-        _sync(db)
+        sync(db)
         if tid > db.lastTransaction():
             if time.monotonic() > deadline:
                 raise SnapshotError(
@@ -220,7 +220,7 @@ def has_blobs(conn: Connection) -> bool:
         return False
 
 
-def _sync(db: ZODB.DB) -> None:
+def sync(db: ZODB.DB) -> None:
     from ZEO.Exceptions import ClientDisconnected
 
     storage = db.storage

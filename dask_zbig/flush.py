@@ -25,7 +25,7 @@ from dask_zbig.storage.compaction import BLOB_BYTES, to_join
 from dask_zbig.storage.format import LEAF_BYTES
 from dask_zbig.storage.segment import BytesSource, FileSource, InlineSegment, SegmentRef, checksum
 
-__all__ = ["Target", "flush", "store_file", "trim"]
+__all__ = ["Target", "add_blobs", "flush", "seal", "store_inline", "trim"]
 
 #: Of a longer run only this much at each end is compared: what is between was written in bulk.
 EDGE = 2 << 20
@@ -233,7 +233,7 @@ class _Writer:
     def _put_inline(self, batch: list[tuple[int, bytes]]) -> None:
         if not batch:
             return
-        index = self._add(store_inline(self.file, self.target, b"".join(data for _, data in batch)))
+        index = self._add(store_inline(self.file, self.target.connection, b"".join(data for _, data in batch)))
         offset = 0
         for lo, data in batch:
             self.rows.append((lo, lo + len(data), index, offset))
@@ -310,10 +310,10 @@ class _Packer:
         return [FileSource(path) for path in self._paths]
 
 
-def store_inline(file: OpenFile | None, target: Target, data: bytes) -> SegmentRef:
+def store_inline(file: OpenFile | None, connection: Any, data: bytes) -> SegmentRef:
     """A new inline segment."""
     segment = InlineSegment(data)
-    target.connection.add(segment)
+    connection.add(segment)
     ref = SegmentRef(segment, len(data), checksum(data))
     if file is not None:
         file.local[ref.key] = BytesSource(data)
@@ -322,14 +322,26 @@ def store_inline(file: OpenFile | None, target: Target, data: bytes) -> SegmentR
 
 def store_files(file: OpenFile | None, target: Target, files: Sequence[FileSource]) -> list[SegmentRef]:
     """New blobs out of these files, which are moved. Durable before the transaction is."""
-    refs = []
+    return add_blobs(file, target.connection, files, seal(files))
+
+
+def seal(files: Sequence[FileSource]) -> list[int]:
+    """Make files durable, and return their checksums."""
     with ThreadPoolExecutor(1, "zbig-sync") as pool:
         syncs = [pool.submit(_sync, source) for source in files]
         sums = [_file_checksum(source) for source in files]  # while the disk is busy
         for sync in syncs:
             sync.result()
+    return sums
+
+
+def add_blobs(
+    file: OpenFile | None, connection: Any, files: Sequence[FileSource], sums: Sequence[int]
+) -> list[SegmentRef]:
+    """New blobs out of sealed files, which are moved."""
+    refs = []
     for source, digest in zip(files, sums, strict=True):
-        ref = SegmentRef(_new_blob(target.connection, source.path), source.length, digest)
+        ref = SegmentRef(_new_blob(connection, source.path), source.length, digest)
         if file is not None:
             file.local[ref.key] = source
         refs.append(ref)
@@ -346,11 +358,6 @@ def _new_blob(connection: Any, path: str) -> Blob:
     if added is not None and blob in added:
         added.remove(blob)
     return blob
-
-
-def store_file(target: Target, path: str) -> SegmentRef:
-    """One new blob out of one file; for whoever stages segments by hand."""
-    return store_files(None, target, [FileSource(path)])[0]
 
 
 def _sync(source: FileSource) -> None:
@@ -387,4 +394,4 @@ def _compact(file: OpenFile, leaf: Any, target: Target) -> None:
         new.append((lo, lo + len(data), 0, offset))
         parts.append(data)
         offset += len(data)
-    leaf.splice(ex.make(new), [store_inline(file, target, b"".join(parts))])
+    leaf.splice(ex.make(new), [store_inline(file, target.connection, b"".join(parts))])

@@ -198,6 +198,12 @@ class OpenFile:
                     return
                 raise
 
+    def prefetch(self, lo: int, hi: int) -> None:
+        """Map all of [lo, hi) now. Raises `LoadError`."""
+        self.enter()
+        self._window_for(lo, hi)
+        self.fill(lo, hi, local_only=False)
+
     def serve(self, lo: int, hi: int, recheck: bool) -> None:
         """For loaders: fill the blocks [lo, hi), and the rest of their leaf if that is at hand."""
         self._resolve_elsewhere(lo, hi)

@@ -162,6 +162,8 @@ def _open_zodb_section(text: str, options: dict[str, Any]) -> ZODB.DB:
         raise uris.bad(text, f"the options {', '.join(options)} belong into its <zodb> section")
     with _understanding(text):
         section, _ = ZConfig.loadConfigFile(getDbSchema(), StringIO(text))
+        if any(database.config.storage is None for database in section.database):
+            raise ValueError("a <zodb> section has no storage in it")
     with _reaching(text), _understanding(text):
         return databaseFromConfig(section.database)
 

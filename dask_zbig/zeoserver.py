@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import zc.lockfile
 from ZEO.runzeo import ZEOServer
+from ZODB.POSException import POSError
 
 from dask_zbig import uris
 from dask_zbig.errors import ServerError
@@ -71,9 +72,8 @@ class Server(ZEOServer):  # type: ignore[misc]  # ZEO ships no types
     Raises
     ------
     ServerError
-        From :meth:`main`: the address cannot be used, or the database is open elsewhere.
-    OSError, FileStorageFormatError
-        From :meth:`main`: the database cannot be read.
+        At once: the address is refused, see :func:`check_address`. From :meth:`main`: it cannot be
+        used, or the database is open elsewhere or cannot be read.
     """
 
     def __init__(
@@ -148,6 +148,8 @@ class Server(ZEOServer):  # type: ignore[misc]  # ZEO ships no types
                 f"FileStorage {self.path!r} is open already, in another process or in the one that serves "
                 "it; close it there first"
             ) from None
+        except (OSError, POSError) as error:
+            raise ServerError(f"{self.path!r} cannot be served: {error}") from error
         importlib.import_module("dask_zbig.storage.tree")
 
     def setup_signals(self) -> None:
@@ -253,7 +255,7 @@ def child() -> None:
         )
         server.main()
     except Exception as error:  # whatever it is, the parent is told
-        expected = isinstance(error, (ServerError, OSError))
+        expected = isinstance(error, ServerError)
         why = str(error) if expected else f"{type(error).__name__}: {error}"
         _logger.error("the server ends: %s", why, exc_info=not expected)
         if not answer.closed:

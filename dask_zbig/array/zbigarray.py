@@ -170,7 +170,7 @@ class ZBigArray(Persistent):  # type: ignore[misc]
         where = self._locate(index)
         if where.shape or _has_ellipsis(index):
             return self._view(where)
-        self._open().fill(where.lo, where.hi, local_only=False)
+        self._open().prefetch(where.lo, where.hi)
         return self._view(where)[()]
 
     def __setitem__(self, index: Any, value: Any) -> None:
@@ -205,10 +205,8 @@ class ZBigArray(Persistent):  # type: ignore[misc]
             If they cannot be loaded.
         """
         where = self._locate(index)
-        opened = self._open()
         if where.lo < where.hi:
-            opened.view(where.lo, where.hi, where.position, where.shape, self._dtype, where.strides)
-            opened.fill(where.lo, where.hi, local_only=False)
+            self._open().prefetch(where.lo, where.hi)
 
     def _locate(self, index: Any) -> Geometry:
         return locate(index, self._shape, self._dtype.itemsize, self._order)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import click
 
 from dask_zbig import uris
-from dask_zbig.errors import ServerError
 
 if TYPE_CHECKING:
     from dask_zbig.uris import Address
@@ -57,7 +56,4 @@ def serve(path: str, address: tuple[str, int] | None, socket: str | None, blob_d
             click.echo(uris.zeo_uri(actual, blob_dir=server.blob_dir, shared_blob_dir="true"))
 
         server = Server(path, where, blob_dir=blob_dir, ready=ready)
-        try:
-            server.main()
-        except (OSError, ValueError) as error:
-            raise ServerError(f"{path!r} cannot be served: {error}") from error
+        server.main()

@@ -9,13 +9,16 @@ states, which are tuples that begin with the format's version. All integers are 
     is at byte 0 of the file; the elements follow in the order given, without gaps.
 
 ``dask_zbig.storage.tree.ZBigFile``
-    ``(1, depth: int, root: ExtentLeaf | ExtentNode | None, truncation: Truncation)``. A file of 2^63 bytes,
+    ``(1, depth: int, root: ExtentLeaf | ExtentNode | None, truncation: Truncation, journal: Journal)``. A file of 2^63 bytes,
     zeros where nothing was written. With ``depth`` 0 the root is the one leaf, of bytes 0 .. 64 MiB; else it
     is a node of level ``depth``. ``None``: nothing was ever written.
 
 ``dask_zbig.storage.tree.Truncation``
     ``(1, count: int)``. Changes whenever bytes are cut off. Every commit of data checks that it is current,
     so a write cannot be merged with a concurrent truncation.
+
+``dask_zbig.storage.tree.Journal``
+    ``(1, jobs: tuple of str)``. The ids of the cluster jobs published into this file, oldest first, at most 256.
 
 ``dask_zbig.storage.tree.ExtentNode``
     ``(1, level: int, keys: bytes, children: tuple)``. ``keys`` are the children's indices as u2, ascending,
@@ -32,7 +35,11 @@ Segments
     Immutable: written once, by the transaction that creates them, and never changed. Either a
     ``ZODB.blob.Blob``, or a ``dask_zbig.storage.segment.InlineSegment`` with state ``(1, data: bytes)``.
 
-``dask_zbig.cluster.staging`` and its jobs and slots hold segments that are not published yet; see there.
+``dask_zbig.cluster.staging``
+    ``root["dask_zbig.staging"]`` is an ``OOBTree`` of jobs by id (str), present once a cluster has written to the
+    database. ``StagingJob`` is ``(1, lease: float, slots: OOBTree)``: until when (seconds since the epoch) it is
+    not garbage, and its slots by name. ``StagingSlot`` is ``(1, entries: OOBTree)``: by attempt id, tuples of
+    segments that nothing else may refer to yet.
 """
 
 from __future__ import annotations

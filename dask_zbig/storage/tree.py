@@ -22,7 +22,7 @@ from dask_zbig.storage import extents as ex
 from dask_zbig.storage.format import FANOUT, LEAF_BYTES, VERSION, unpack_state
 from dask_zbig.storage.segment import SegmentRef
 
-__all__ = ["ExtentLeaf", "ExtentNode", "Truncation", "ZBigFile", "node_bytes", "on_store", "watch"]
+__all__ = ["ExtentLeaf", "ExtentNode", "Journal", "Truncation", "ZBigFile", "node_bytes", "on_store", "watch"]
 
 _SEGMENT = np.dtype([("length", "<u8"), ("checksum", "<u8")])
 _KEY = np.dtype("<u2")
@@ -212,6 +212,33 @@ class Truncation(Persistent):  # type: ignore[misc]
         (self.count,) = unpack_state(self, state, 1)
 
 
+class Journal(Persistent):  # type: ignore[misc]
+    """The cluster jobs that were published into a file, the last `KEPT` of them: publishing is done once."""
+
+    KEPT = 256
+
+    def __init__(self) -> None:
+        self.jobs: tuple[str, ...] = ()
+
+    def __getstate__(self) -> tuple[int, tuple[str, ...]]:
+        return (VERSION, self.jobs)
+
+    def __setstate__(self, state: Any) -> None:
+        (self.jobs,) = unpack_state(self, state, 1)
+
+    def add(self, job: str) -> None:
+        """Note that `job` is published by this transaction."""
+        self.jobs = (*self.jobs, job)[-self.KEPT :]
+
+    def _p_resolveConflict(self, old: Any, committed: Any, new: Any) -> Any:
+        """Two jobs may be published at a time; one job may not be published twice."""
+        before, theirs, ours = (unpack_state(self, s, 1)[0] for s in (old, committed, new))
+        added = [j for j in ours if j not in before]
+        if any(j in theirs for j in added):
+            raise ConflictError(f"one of the jobs {added} has been published by another transaction")
+        return (VERSION, (*theirs, *added)[-self.KEPT :])
+
+
 class ZBigFile(_Watched):
     """An endless file of bytes: zeros where nothing was written."""
 
@@ -219,15 +246,16 @@ class ZBigFile(_Watched):
         self.depth = 0
         self.root: Any = None
         self.truncation = Truncation()
+        self.journal = Journal()
 
     def __getstate__(self) -> tuple[Any, ...]:
         callback = _storers.get(self)
         if callback is not None:
             callback(self._p_jar)
-        return (VERSION, self.depth, self.root, self.truncation)
+        return (VERSION, self.depth, self.root, self.truncation, self.journal)
 
     def __setstate__(self, state: Any) -> None:
-        self.depth, self.root, self.truncation = unpack_state(self, state, 3)
+        self.depth, self.root, self.truncation, self.journal = unpack_state(self, state, 4)
 
     # -- reading
 
@@ -306,6 +334,7 @@ class ZBigFile(_Watched):
         self.depth = 0
         self.root = None
         self.truncation = Truncation()
+        self.journal = Journal()
 
 
 def _nodes(node: ExtentNode, base: int, lo: int, hi: int) -> Iterator[tuple[ExtentNode, int, int]]:

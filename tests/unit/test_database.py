@@ -172,8 +172,8 @@ def test_zconfig_file(tmp_path, opened):
         ("zeo://h:1?colour=red", "colour"),
         ("memory://x?colour=red", "colour"),
         ("zconfig:///no/such/file", "no/such/file"),
-        ("<zodb>\n</zodb>", "zodb"),
-        ("<zodb>\n <mappingstorage/>\n", "not closed"),
+        ("<zodb>\n</zodb>", "no storage"),
+        ("<zodb>\n <mappingstorage/>\n", "unclosed"),
         ("<zeoclient>\n</zeoclient>", "server"),
         ("a\0b", "null byte"),
         (7, "type int"),
@@ -204,7 +204,9 @@ def test_secrets_stay_secret(text):
 
 
 def test_mask():
-    assert uris.mask("postgres://u:p@h/d?dsn=password%3Dx&a=1") == "postgres://u:***@h/d?dsn=password%3D***&a=1"
+    assert (
+        uris.mask("postgres://u:p@h/d?dsn=password%3Dx&a=1") == "postgres://u:***@h/d?dsn=password%3D***&a=1"
+    )
     harmless = "<ssl>\n password-function my.module.function\n</ssl>\nzeo://localhost:1?blob_dir=/a@b:c"
     assert uris.mask(harmless) == harmless
 
@@ -234,7 +236,9 @@ def test_locked_file(tmp_path, opened):
         [sys.executable, "-c", code, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as other:
         assert other.stdout.readline() == "1\n"
-        with pytest.raises(DatabaseUnavailableError, match=r"serve it with dz\.serve\(path\) or `dask-zbig serve`"):
+        with pytest.raises(
+            DatabaseUnavailableError, match=r"serve it with dz\.serve\(path\) or `dask-zbig serve`"
+        ):
             database.open(path)
         other.communicate("\n", timeout=20)
     opened(path)  # a failed attempt holds nothing
@@ -389,7 +393,8 @@ def test_snapshot(opened):
     db = opened("memory://")
     first = put(db, "a", 1)
     manager = transaction.TransactionManager(explicit=True)
-    conn = db.open(manager)
+    used, conn = db.open(manager), db.open(manager)
+    used.close()
     with pytest.raises(SnapshotError, match="begin a transaction"):
         database.snapshot(conn)
     manager.begin()
@@ -528,7 +533,10 @@ def test_config():
         assert config.get("lease-seconds") == 3600.0
         assert config.get("load-timeout") == 5.0
     for value in ("soon", 0, -1):
-        with dask.config.set({"zbig.load-timeout": value}), pytest.raises(ValueError, match=r"zbig\.load-timeout"):
+        with (
+            dask.config.set({"zbig.load-timeout": value}),
+            pytest.raises(ValueError, match=r"zbig\.load-timeout"),
+        ):
             config.get("load-timeout")
     with pytest.raises(KeyError):
         config.get("nosuch")

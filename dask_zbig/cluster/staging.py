@@ -1,0 +1,223 @@
+"""Segments that are stored but not part of any array yet: jobs, slots, leases.
+
+Workers commit what they computed in transactions of their own. So that a pack keeps it, it hangs from the
+database's root: ``root["dask_zbig.staging"][job].slots[slot].entries[attempt]``. Each worker process has a slot
+of its own in a job, so workers do not conflict. A job is removed when it was published or given up; if whoever
+would do that dies, the next job that begins removes it, once its lease is over.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from BTrees.OOBTree import OOBTree
+from persistent import Persistent
+from ZODB.blob import Blob
+from ZODB.POSException import ConflictError
+
+from dask_zbig import database
+from dask_zbig.cluster.worker import writing
+from dask_zbig.config import get
+from dask_zbig.database import Location
+from dask_zbig.errors import PublishError, UncommittedChangesError
+from dask_zbig.storage.format import VERSION, unpack_state
+from dask_zbig.storage.segment import InlineSegment, SegmentRef
+
+__all__ = ["Job", "StagedSegment", "begin_job", "collect", "commit_entry", "end_job"]
+
+ROOT_KEY = "dask_zbig.staging"
+#: Retries of a small commit that conflicts with others on the staging area itself.
+TRIES = 20
+
+
+class StagingJob(Persistent):  # type: ignore[misc]
+    """One save by a cluster."""
+
+    def __init__(self, lease: float) -> None:
+        self.lease = lease
+        self.slots = OOBTree()
+
+    def __getstate__(self) -> tuple[Any, ...]:
+        return (VERSION, self.lease, self.slots)
+
+    def __setstate__(self, state: Any) -> None:
+        self.lease, self.slots = unpack_state(self, state, 2)
+
+
+class StagingSlot(Persistent):  # type: ignore[misc]
+    """What one worker process staged for a job."""
+
+    def __init__(self) -> None:
+        self.entries = OOBTree()
+
+    def __getstate__(self) -> tuple[Any, ...]:
+        return (VERSION, self.entries)
+
+    def __setstate__(self, state: Any) -> None:
+        (self.entries,) = unpack_state(self, state, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A job, as tasks know it."""
+
+    location: Location
+    id: str
+    oid: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class StagedSegment:
+    """A staged segment, as it travels: a few bytes."""
+
+    oid: bytes
+    inline: bool
+    length: int
+    checksum: int
+
+    @classmethod
+    def of(cls, ref: SegmentRef) -> StagedSegment:
+        """What `ref` is after its commit."""
+        return cls(ref.obj._p_oid, ref.inline, ref.length, ref.checksum)
+
+    def ref(self, connection: Any) -> SegmentRef:
+        """A reference that `connection` can store. The connection's snapshot may be older than the segment."""
+        cls = InlineSegment if self.inline else Blob
+        return SegmentRef(connection._reader.load_persistent(self.oid, cls), self.length, self.checksum)
+
+
+def begin_job(location: Location, connection: Any) -> Job:
+    """Make a job, and remove those whose lease is over.
+
+    `connection` is the user's; it is only looked at.
+    """
+    collect(location)
+    for attempt in range(TRIES):
+        with writing(location) as own:
+            root = own.root()
+            if ROOT_KEY not in root:
+                if connection.root()._p_changed:
+                    raise UncommittedChangesError(
+                        "this database has never been written to by a cluster: its root must get a staging area, "
+                        "but this connection has uncommitted changes of the root; commit them first"
+                    )
+                root[ROOT_KEY] = OOBTree()
+            job = StagingJob(time.time() + get("lease-seconds"))
+            name = uuid.uuid4().hex
+            root[ROOT_KEY][name] = job
+            try:
+                own.transaction_manager.commit()
+            except ConflictError:
+                _pause(attempt)
+                continue
+            return Job(location, name, job._p_oid)
+    raise PublishError(f"no staging job could be made in {location.alias}: too many conflicts")
+
+
+def end_job(job: Job) -> None:
+    """Remove a job: it is published, or given up. Its segments live on if an array refers to them."""
+    _remove(job.location, [job.id])
+
+
+def collect(location: Location, now: float | None = None) -> list[str]:
+    """Remove the jobs whose lease is over; returns their ids."""
+    moment = time.time() if now is None else now
+    with writing(location) as own:
+        jobs = own.root().get(ROOT_KEY)
+        if not jobs:
+            return []
+        over = [name for name, job in jobs.items() if job.lease < moment]
+    if over:
+        _remove(location, over)
+    return over
+
+
+def _remove(location: Location, names: Sequence[str]) -> None:
+    for attempt in range(TRIES):
+        with writing(location) as own:
+            jobs = own.root().get(ROOT_KEY)
+            if jobs is None:
+                return
+            for name in names:
+                jobs.pop(name, None)
+            try:
+                own.transaction_manager.commit()
+                return
+            except ConflictError:
+                _pause(attempt)
+    raise PublishError(f"staging jobs {list(names)} could not be removed: too many conflicts")
+
+
+def _pause(attempt: int) -> None:
+    time.sleep(0.002 * 2 ** min(attempt, 8))
+
+
+# -- in workers
+
+_slots: dict[tuple[int, str], bytes] = {}
+_locks: dict[tuple[int, str], threading.Lock] = {}
+_guard = threading.Lock()
+
+
+def _slot_lock(job: Job) -> threading.Lock:
+    """The tasks of one process commit to their slot one after the other."""
+    with _guard:
+        return _locks.setdefault((os.getpid(), job.id), threading.Lock())
+
+
+def _slot(job: Job) -> bytes:
+    """The oid of this process's slot, which may have to be made."""
+    key = (os.getpid(), job.id)
+    for attempt in range(TRIES if key not in _slots else 0):
+        with writing(job.location) as own:
+            jobs = own.root().get(ROOT_KEY, {})
+            if job.id not in jobs:
+                if attempt > 0:
+                    raise PublishError(
+                        f"staging job {job.id} is gone from {job.location.alias}: it was given up, or its lease ran out"
+                    )
+                database.sync(own.db())  # our client may not have heard of the job yet
+                continue
+            slot = StagingSlot()
+            jobs[job.id].slots[f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}"] = slot
+            try:
+                own.transaction_manager.commit()
+            except ConflictError:
+                _pause(attempt)
+                continue
+            _slots[key] = slot._p_oid
+            break
+    if key not in _slots:
+        raise PublishError(f"no slot could be made in staging job {job.id}: too many conflicts")
+    return _slots[key]
+
+
+def commit_entry(job: Job, make: Callable[[Any], list[SegmentRef]]) -> list[StagedSegment]:
+    """Stage segments: in one transaction of this process's own.
+
+    Parameters
+    ----------
+    make
+        Called with the connection, it makes the segments.
+
+    Raises
+    ------
+    PublishError
+        If the job is gone.
+    """
+    with _slot_lock(job):  # the tasks of a process share a slot
+        oid = _slot(job)
+        with writing(job.location) as own:
+            slot = own.get(oid)
+            refs = make(own)
+            slot.entries[uuid.uuid4().hex] = tuple(r.obj for r in refs)
+            own.transaction_manager.get().note(f"dask_zbig: stage for job {job.id}")
+            own.transaction_manager.commit()
+            return [StagedSegment.of(r) for r in refs]
