@@ -420,6 +420,7 @@ int zb_freeze(zb_space *s, zb_run **runs, size_t *n, uint64_t *first, uint64_t *
         }
     }
     end_generation(s, first, last);
+    s->epoch++; /* what a fill was planned on does not have these pages yet */
 out:
     zb_unlock(&s->lock);
     if (r) {

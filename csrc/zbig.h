@@ -121,7 +121,7 @@ ZB_API void zb_space_close(zb_space *s);
 /** Release the caller's reference. Windows must have been freed. The struct goes when the last faulting thread
  *  has left it. */
 ZB_API void zb_space_free(zb_space *s);
-/** Bumped by every zb_drop() and zb_discard(): a fill carries the epoch in which it was planned. */
+/** Bumped by every zb_drop(), zb_freeze() and zb_discard(): a fill carries the epoch in which it was planned. */
 ZB_API uint64_t zb_space_epoch(zb_space *s);
 /** The first error that a write in the current generation met (positive errno), or 0. */
 ZB_API int zb_space_error(zb_space *s);

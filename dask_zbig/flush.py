@@ -84,7 +84,8 @@ def _differing(new: bytes, old: bytearray, at: int, granule: int) -> list[list[i
     unequal = np.zeros(items * granule, np.bool_)
     np.not_equal(np.frombuffer(new, np.uint8), np.frombuffer(old, np.uint8), out=unequal[head : head + len(new)])
     wide = np.dtype(f"u{granule}") if granule in (1, 2, 4, 8) else None
-    changed = unequal.view(wide) != 0 if wide is not None else unequal.reshape(-1, granule).any(axis=1)
+    changed: npt.NDArray[np.bool_]
+    changed = np.not_equal(unequal.view(wide), 0) if wide is not None else unequal.reshape(-1, granule).any(axis=1)
     turns = np.flatnonzero(changed[1:] != changed[:-1]) + 1
     turns = np.concatenate([[0] if changed[0] else [], turns, [items] if changed[-1] else []]).astype(np.int64)
     lo, hi = turns[0::2], turns[1::2]
@@ -152,11 +153,7 @@ def flush(file: OpenFile, target: Target) -> None:
     changes.extents = _trimmed(file, changes)
     extents, refs = _Writer(file, target).store(changes)
     touched = sorted(
-        {
-            i
-            for lo, hi in ex.covered(extents).tolist()
-            for i in range(lo // LEAF_BYTES, (hi - 1) // LEAF_BYTES + 1)
-        }
+        {i for lo, hi in ex.covered(extents).tolist() for i in range(lo // LEAF_BYTES, (hi - 1) // LEAF_BYTES + 1)}
     )
     for index in touched:
         leaf = file.file.leaf(index)
@@ -267,9 +264,7 @@ class _Writer:
         self.rows += [(a, b, index[n], o) for a, b, n, o in rows]
 
 
-def _pieces(
-    extents: npt.NDArray[np.void], sources: Sequence[Source], most: int
-) -> Iterator[tuple[int, bytes]]:
+def _pieces(extents: npt.NDArray[np.void], sources: Sequence[Source], most: int) -> Iterator[tuple[int, bytes]]:
     for start, stop, index, offset in extents.tolist():
         for lo in range(start, stop, most):
             yield lo, sources[index].read(offset + (lo - start), min(most, stop - lo))

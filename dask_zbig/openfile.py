@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from dask_zbig.basemap import BaseMap, Leaf
 from dask_zbig.errors import LoadError, WindowError
 from dask_zbig.memory._native import BLOCK
 from dask_zbig.memory.cache import CacheFile
@@ -69,14 +70,6 @@ class Layer:
     files: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class _Leaf:
-    """A leaf's content as it was loaded."""
-
-    extents: npt.NDArray[np.void]
-    refs: tuple[SegmentRef, ...]
-
-
 def compose(extents: npt.NDArray[np.void], sources: Sequence[Source], lo: int, hi: int) -> bytearray:
     """The bytes [lo, hi) that the extents describe."""
     out = bytearray(hi - lo)
@@ -106,14 +99,11 @@ class OpenFile:
         self.space = Space(directory, self)
         self._cache = CacheFile(directory)
         self._lock = threading.RLock()  # of the tables below; never held while anything is loaded
-        self._leaves: dict[int, _Leaf] = {}
-        self._known = _no_ranges()  # where `_leaves` has every leaf there is
-        self._borrowed = _no_ranges()  # the part of it that no invalidation will tell of
-        self._watched: dict[int, Any] = {}  # persistent objects, held so that they get invalidations
-        self._superseded: dict[int, _Leaf | None] = {}  # what dirty pages were made from, and is no more
-        self._poisoned = _no_ranges()
-        self._dropped = _no_ranges()  # what is to be mapped again when that is possible
-        self._filled = _no_ranges()  # what was asked for since there are views
+        self._base = BaseMap(file, self._lock, _weakly(self, OpenFile._stale))
+        self._superseded: dict[int, Leaf] = {}  # what dirty pages were made from, and is no more
+        self._poisoned = ex.no_ranges()
+        self._dropped = ex.no_ranges()  # what is to be mapped again when that is possible
+        self._filled = ex.no_ranges()  # what was asked for since there are views
         self._window: Window | None = None
         self._limit = -1
         on_store(file, _weakly(self, OpenFile._before_store))
@@ -122,7 +112,13 @@ class OpenFile:
     # -- views
 
     def view(
-        self, lo: int, hi: int, position: int, shape: tuple[int, ...], dtype: np.dtype[Any], strides: tuple[int, ...]
+        self,
+        lo: int,
+        hi: int,
+        position: int,
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any],
+        strides: tuple[int, ...],
     ) -> npt.NDArray[Any]:
         """An ndarray onto bytes [lo, hi), what is at hand of them mapped already."""
         self.enter()
@@ -185,7 +181,7 @@ class OpenFile:
             Not with `local_only`, which leaves out what cannot be loaded as well.
         """
         with self._lock:
-            self._filled = ex.union(self._filled, _ranges(lo, hi))
+            self._filled = ex.union(self._filled, ex.one_range(lo, hi))
         while True:
             try:
                 upto = self.resolve(lo, hi, EAGER_LEAVES if local_only else None)
@@ -218,7 +214,7 @@ class OpenFile:
         """For loaders: the blocks become 0xFF; the transaction is doomed."""
         with self._lock:
             self.failure = self.failure or error
-            self._poisoned = ex.union(self._poisoned, _ranges(lo, hi))
+            self._poisoned = ex.union(self._poisoned, ex.one_range(lo, hi))
 
     def _map(self, lo: int, hi: int, local_only: bool) -> None:
         if lo >= hi:
@@ -230,9 +226,8 @@ class OpenFile:
                     self._map_in(window, epoch, max(lo, window.start), min(hi, window.stop), local_only)
                 return
             except StaleFill:
-                with self._lock:  # (loaders: what was resolved may be gone, so ask again from the start)
-                    if len(ex.subtract(_blocks(lo, hi), self._known)):
-                        raise
+                if len(self._base.missing(lo, hi)):
+                    raise  # what was resolved is gone: begin again
 
     def _map_in(self, window: Window, epoch: int, lo: int, hi: int, local_only: bool) -> None:
         while lo < hi:
@@ -252,11 +247,11 @@ class OpenFile:
         far = [i for i in ex.used(extents).tolist() if not sources[i].local()]
         remote = extents[np.isin(extents["segment"], far)]
         missing = ex.normalize(
-            np.array([(s - s % BLOCK, -(-e // BLOCK) * BLOCK) for s, e in ex.covered(remote).tolist()], np.uint64)
-            .reshape(-1, 2)
+            np.array(
+                [(s - s % BLOCK, -(-e // BLOCK) * BLOCK) for s, e in ex.covered(remote).tolist()], np.uint64
+            ).reshape(-1, 2)
         )
-        for a, b in ex.subtract(_ranges(lo, hi), missing).tolist():
-            yield a, b
+        yield from ex.subtract(ex.one_range(lo, hi), missing).tolist()
 
     def _rows(self, lo: int, hi: int) -> tuple[list[tuple[int, int, int, int]], list[Source]]:
         """Plan [lo, hi), compose what must be composed, and give what a window takes; and who owns the files."""
@@ -279,32 +274,15 @@ class OpenFile:
         self, lo: int, hi: int, *, base_only: bool = False, layers: tuple[Layer, ...] | None = None
     ) -> tuple[npt.NDArray[np.void], list[Source]]:
         """Extents of [lo, hi) and their sources, as far as resolved: the base, and over it the layers."""
-        sources: list[Source] = []
-        parts: list[npt.NDArray[np.void]] = []
         with self._lock:
-            first, last = lo // LEAF_BYTES, -(-hi // LEAF_BYTES)
-            if last - first < len(self._leaves):
-                indices: Iterable[int] = (i for i in range(first, last) if i in self._leaves)
-            else:
-                indices = sorted(i for i in self._leaves if first <= i < last)
-            for index in indices:
-                parts.append(self._base_part(self._leaves[index], lo, hi, sources))
+            extents, sources = self._base.extents(lo, hi, self.source)
             over = () if base_only else self.layers if layers is None else layers
-        extents = np.concatenate(parts) if parts else ex.empty()
         for layer in over:
             new = ex.clip(layer.extents, lo, hi)
             shift = np.arange(len(layer.sources)) + len(sources)
             extents = ex.splice(extents, ex.renumber(new, shift))
             sources.extend(layer.sources)
         return extents, sources
-
-    def _base_part(self, leaf: _Leaf, lo: int, hi: int, sources: list[Source]) -> npt.NDArray[np.void]:
-        part = ex.clip(leaf.extents, lo, hi)
-        mapping = np.zeros(len(leaf.refs), np.int64)
-        for i in ex.used(part).tolist():
-            mapping[i] = len(sources)
-            sources.append(self.source(leaf.refs[i]))
-        return ex.renumber(part, mapping)
 
     def source(self, ref: SegmentRef) -> Source:
         """Where the bytes of a segment can be read."""
@@ -323,57 +301,22 @@ class OpenFile:
 
     def resolve(self, lo: int, hi: int, bound: int | None = None) -> int:
         """Load the leaves of [lo, hi), `bound` at most; returns how far they are known."""
-        with self._lock:
-            missing = ex.subtract(_leaf_range(lo, hi), self._known).tolist()
-        count = 0
-        for a, b in missing:
-            for node, start, stop in self.file.nodes(a, b):
-                self._watch(node, start, stop)
-            for index, leaf in self.file.leaves(a, b):
-                if bound is not None and count >= bound:
-                    self._learn(a, index * LEAF_BYTES)
-                    return index * LEAF_BYTES
-                self._adopt(index, leaf)
-                count += 1
-            self._learn(a, b)
-        return hi
-
-    def _adopt(self, index: int, leaf: Any) -> None:
-        loaded = _Leaf(leaf.extents, leaf.refs)  # loads it
-        self._watch(leaf, index * LEAF_BYTES, (index + 1) * LEAF_BYTES)
-        with self._lock:
-            self._leaves[index] = loaded
-
-    def _learn(self, lo: int, hi: int) -> None:
-        with self._lock:
-            self._known = ex.union(self._known, _ranges(lo, hi))
-
-    def _watch(self, obj: Any, lo: int, hi: int) -> None:
-        if id(obj) not in self._watched:
-            self._watched[id(obj)] = obj
-            watch(obj, _weakly(self, OpenFile._stale, lo, hi))
+        return self._base.resolve(lo, hi, bound)
 
     def _resolve_elsewhere(self, lo: int, hi: int) -> None:
-        """As `_resolve`, for loaders, which must not use the connection: by another one, at its snapshot."""
-        with self._lock:
-            missing = ex.subtract(_leaf_range(lo, hi), self._known)
-            epoch = self.space.epoch
+        """As `resolve`, for loaders, which must not use the connection: by another one, at its snapshot."""
+        missing = self._base.missing(lo, hi)
         if not len(missing):
             return
+        epoch = self.space.epoch
         if self.manager is None:
             raise LoadError("the array has not been stored")
-        found: dict[int, _Leaf] = {}
         with self.manager.snapshot_connection() as other:
-            twin = other.get(self.file._p_oid)
-            for a, b in missing.tolist():
-                for index, leaf in twin.leaves(a, b):
-                    found[index] = _Leaf(leaf.extents, leaf.refs)
+            found = BaseMap.leaves_of(other.get(self.file._p_oid), missing)
         with self._lock:
             if self.space.epoch != epoch:
                 raise StaleFill
-            self._leaves.update(found)
-            self._known = ex.union(self._known, missing)
-            self._borrowed = ex.union(self._borrowed, missing)
+            self._base.borrow(missing, found)
 
     # -- boundaries
 
@@ -381,21 +324,16 @@ class OpenFile:
         """An invalidation: what is known of [lo, hi) is no longer true. Loads nothing."""
         with self._lock:
             dirty = bool(self.layers or self.space.dirty_pages)
-            for index in [i for i in self._leaves if lo <= i * LEAF_BYTES < hi]:
-                old = self._leaves.pop(index)
+            for index, old in self._base.forget(lo, hi).items():
                 if dirty:
                     self._superseded.setdefault(index, old)
-            self._known = ex.subtract(self._known, _ranges(lo, hi))
-            self._dropped = ex.union(self._dropped, _ranges(lo, hi))
+            self._dropped = ex.union(self._dropped, ex.one_range(lo, hi))
             self.space.drop(lo, hi)
 
     def boundary(self) -> None:
         """The connection has moved to a new snapshot: forget what nobody told us about, map again."""
-        with self._lock:
-            if len(self._borrowed):
-                for lo, hi in self._borrowed.tolist():
-                    self._stale(lo, hi)
-                self._borrowed = _no_ranges()
+        for lo, hi in self._base.give_back():
+            self._stale(lo, hi)
         if self._superseded:
             self._reconcile()
         self._refill()
@@ -413,14 +351,9 @@ class OpenFile:
         for index, old in now.items():
             lo, hi = index * LEAF_BYTES, (index + 1) * LEAF_BYTES
             self.resolve(lo, hi)
-            with self._lock:
-                new = self._leaves.get(index)
-            old, new = old or _Leaf(ex.empty(), ()), new or _Leaf(ex.empty(), ())
-            theirs = ex.diff(
-                old.extents, [r.key for r in old.refs], new.extents, [r.key for r in new.refs]
-            )
-            sources: list[Source] = []
-            base = self._base_part(old, lo, hi, sources)
+            new = self._base.leaf(index)
+            theirs = ex.diff(old.extents, [r.key for r in old.refs], new.extents, [r.key for r in new.refs])
+            base, sources = old.part(lo, hi, self.source)
             layers = []
             for layer in self.layers:
                 inside = ex.clip(layer.extents, lo, hi)
@@ -436,17 +369,17 @@ class OpenFile:
                 rest = ex.cut(layer.extents, lo, hi)
                 layers.append(replace(layer, extents=ex.splice(rest, inside)))
             self.layers = tuple(layers)
-            self._dropped = ex.union(self._dropped, _ranges(lo, hi))
+            self._dropped = ex.union(self._dropped, ex.one_range(lo, hi))
             self.space.drop(lo, hi)
 
     def _refill(self) -> None:
         """Map again, for the views that live, what was dropped: system calls on them cannot fault."""
         with self._lock:
             again = ex.intersect(self._dropped, self._filled)
-            self._dropped = _no_ranges()
+            self._dropped = ex.no_ranges()
         if all(w.idle for w in self.space.windows()):
             with self._lock:
-                self._filled = _no_ranges()
+                self._filled = ex.no_ranges()
             return
         for lo, hi in again.tolist():
             with contextlib.suppress(LoadError, OSError):  # a loader tries again, and reports
@@ -469,12 +402,14 @@ class OpenFile:
         """Turn the pages written so far into a layer."""
         if not self.space.dirty_pages and not self.space.error:
             return
-        generation = self.space.freeze()
-        index = {int(n): i for i, n in enumerate(sorted(set(generation.runs["file"].tolist())))}
-        files = generation.files
-        sources = tuple(FileSource(files[n - generation.first_file]) for n in index)
-        rows = [(a, b, index[f], o) for a, b, o, f in generation.runs.tolist()]
-        self.push(Layer(ex.make(rows), sources, (None,) * len(sources), False, tuple(files)))
+        with self._lock:  # a fill is planned before both, and then is stale, or after both
+            generation = self.space.freeze()
+            files = generation.files
+            numbers = sorted(set(generation.runs["file"].tolist()))
+            index = {n: i for i, n in enumerate(numbers)}
+            sources = tuple(FileSource(files[n - generation.first_file]) for n in numbers)
+            rows = [(a, b, index[f], o) for a, b, o, f in generation.runs.tolist()]
+            self.push(Layer(ex.make(rows), sources, (None,) * len(sources), False, tuple(files)))
 
     def push(self, layer: Layer) -> None:
         """Put a layer on top. The mapping of its bytes must be right already, or be dropped by the caller."""
@@ -492,12 +427,8 @@ class OpenFile:
         self.freeze()
         self._cut_layers(size)
         self.file.truncate(size)
-        with self._lock:
-            first = size // LEAF_BYTES * LEAF_BYTES
-            for i in [i for i in self._leaves if i * LEAF_BYTES >= first]:
-                del self._leaves[i]
-            self._known = ex.subtract(self._known, _ranges(first, _END))
-        self._forget_mapped(_ranges(size, _END))
+        self._base.forget(size, _END)
+        self._forget_mapped(ex.one_range(size, _END))
 
     def clear_beyond(self, size: int) -> None:
         """Forget uncommitted bytes from `size` on: an old, longer view may have written there."""
@@ -506,7 +437,7 @@ class OpenFile:
         self.freeze()
         if any(len(ex.clip(layer.extents, size, _END)) for layer in self.layers):
             self._cut_layers(size)
-            self._forget_mapped(_ranges(size, _END))
+            self._forget_mapped(ex.one_range(size, _END))
 
     def _cut_layers(self, size: int) -> None:
         with self._lock:
@@ -523,11 +454,11 @@ class OpenFile:
 
     def spliced(self, indices: Iterable[int]) -> None:
         """These leaves have just got new content from us: it is in memory already."""
-        for index in indices:
-            self._adopt(index, self.file.leaf(index))
-            self._learn(index * LEAF_BYTES, (index + 1) * LEAF_BYTES)
-        self.flushed += self.layers
-        self.layers = ()
+        with self._lock:
+            for index in indices:
+                self._base.adopt(index, self.file.leaf(index))
+            self.flushed += self.layers
+            self.layers = ()
 
     def settle(self) -> None:
         """The commit is done: what was written is the base now."""
@@ -541,22 +472,23 @@ class OpenFile:
 
     def discard(self) -> None:
         """Forget all changes, and what could not be loaded."""
-        _unlink(self.space.discard())
-        changed = _no_ranges()
-        for layer in self.layers + self.flushed:
-            _unlink(layer.files)
-            changed = ex.union(changed, ex.covered(layer.extents))
-        for index in {i for lo, hi in changed.tolist() for i in range(lo // LEAF_BYTES, -(-hi // LEAF_BYTES))}:
-            self._stale(index * LEAF_BYTES, (index + 1) * LEAF_BYTES)
         with self._lock:
-            poisoned, self._poisoned = self._poisoned, _no_ranges()
-            self.layers = self.flushed = ()
-            self._superseded.clear()
+            gone, self.layers, self.flushed = self.layers + self.flushed, (), ()
+            files = self.space.discard()
             self.failure = None
+            self.local.clear()
+            poisoned, self._poisoned = self._poisoned, ex.no_ranges()
+        changed = ex.no_ranges()
+        for layer in gone:
+            changed = ex.union(changed, ex.covered(layer.extents))
+            files += layer.files
+        for lo, hi in changed.tolist():  # (leaves that the flush had changed, too, are not what they were)
+            self._stale(lo, hi)
         for lo, hi in poisoned.tolist():
             self.space.drop(lo, hi)
-            self._dropped = _ranges(0, _END)  # the pages of the generation are absent now, wherever they were
-        self.local.clear()
+        self._superseded.clear()
+        _unlink(files)
+        self._dropped = ex.one_range(0, _END)  # wherever the pages of the generation were
 
     def rollback(self, layers: tuple[Layer, ...]) -> None:
         """Back to a savepoint, at which there were these layers."""
@@ -566,7 +498,7 @@ class OpenFile:
             _unlink(f for f in layer.files if f not in kept)
         with self._lock:
             self.layers = layers
-        self._forget_mapped(_ranges(0, _END))
+        self._forget_mapped(ex.one_range(0, _END))
 
     def reset(self) -> None:
         """The array was new and its transaction was aborted: it is empty, and belongs to no database."""
@@ -575,7 +507,7 @@ class OpenFile:
         self._stale(0, _END)
         self.manager = None
         self.reader = None
-        self._watched.clear()
+        self._base.unwatch()
 
     def close(self) -> None:
         """The connection is closed: what is mapped stays readable."""
@@ -610,24 +542,7 @@ def _weakly(target: OpenFile, method: Any, *args: Any) -> Callable[..., None]:
     return call
 
 
-def _no_ranges() -> npt.NDArray[np.uint64]:
-    return np.empty((0, 2), np.uint64)
-
-
-def _ranges(lo: int, hi: int) -> npt.NDArray[np.uint64]:
-    return np.array([(lo, hi)], np.uint64) if lo < hi else _no_ranges()
-
-
-def _blocks(lo: int, hi: int) -> npt.NDArray[np.uint64]:
-    return _ranges(lo - lo % BLOCK, -(-hi // BLOCK) * BLOCK)
-
-
-def _leaf_range(lo: int, hi: int) -> npt.NDArray[np.uint64]:
-    return _ranges(lo - lo % LEAF_BYTES, -(-hi // LEAF_BYTES) * LEAF_BYTES)
-
-
 def _unlink(paths: Iterable[str]) -> None:
     for path in paths:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
-

@@ -170,9 +170,7 @@ class ServerProcess:
         lines = [json.dumps([os.path.abspath(entry) for entry in sys.path]), json.dumps(settings)]
         answer = self._ask("\n".join(lines) + "\n")
         if "address" not in answer:
-            raise ServerError(
-                f"the ZEO server for {self.path!r} did not start: {answer['error']}{self._log_tail()}"
-            )
+            raise ServerError(f"the ZEO server for {self.path!r} did not start: {answer['error']}{self._log_tail()}")
         found = answer["address"]
         return found if isinstance(found, str) else (str(found[0]), int(found[1]))
 

@@ -79,9 +79,7 @@ def _unattached(file: ZBigFile) -> OpenFile | None:
 def store_new(opened: OpenFile, connection: Any) -> None:
     """A file's state is being taken. If it has just become part of a database, its data goes there first."""
     if connection is None:
-        raise NotStoredError(
-            "an array that is not stored in a database cannot be pickled: store it and commit first"
-        )
+        raise NotStoredError("an array that is not stored in a database cannot be pickled: store it and commit first")
     manager = manager_of(connection)
     if opened.manager is None:
         manager.adopt(opened)
@@ -315,4 +313,3 @@ def _guard(connection: Any) -> None:
     connection.newTransaction = types.MethodType(new_transaction, connection)
     connection.close = types.MethodType(close, connection)
     connection._zbig_guarded = True
-

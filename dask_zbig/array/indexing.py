@@ -58,8 +58,12 @@ def is_basic(index: Any) -> bool:
         part is None
         or part is Ellipsis
         or isinstance(part, slice)
-        or (hasattr(part, "__index__") and not isinstance(part, (bool, np.bool_)) and np.ndim(part) == 0
-            and not isinstance(part, np.ndarray))
+        or (
+            hasattr(part, "__index__")
+            and not isinstance(part, (bool, np.bool_))
+            and np.ndim(part) == 0
+            and not isinstance(part, np.ndarray)
+        )
         for part in parts
     )
 

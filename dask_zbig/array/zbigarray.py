@@ -267,7 +267,7 @@ class ZBigArray(Persistent):  # type: ignore[misc]
             raise DTypeError(f"cannot append {new.dtype} values to {self!r}: not castable by 'same_kind'")
         before = self._shape
         at = before[axis]
-        self.resize(before[:axis] + (at + new.shape[axis],) + before[axis + 1 :])
+        self.resize((*before[:axis], at + new.shape[axis], *before[axis + 1 :]))
         try:
             where: list[Any] = [slice(None)] * self.ndim
             where[axis] = slice(at, None)

@@ -100,9 +100,7 @@ def _holds(value: Any) -> bool:
     return isinstance(value, (Chunk, tuple, list))
 
 
-def open_chunk(
-    origin: Origin, position: int, shape: tuple[int, ...], strides: tuple[int, ...], descr: Any
-) -> Chunk:
+def open_chunk(origin: Origin, position: int, shape: tuple[int, ...], strides: tuple[int, ...], descr: Any) -> Chunk:
     """Map the bytes that a reference means, all of them, now.
 
     Raises

@@ -27,6 +27,7 @@ from dask_zbig.cluster.store import Manifest, Place, stage
 from dask_zbig.errors import DTypeError, NotStoredError, PublishError, ShapeError, ZBigError
 from dask_zbig.openfile import Layer
 from dask_zbig.storage import extents as ex
+from dask_zbig.storage.segment import SegmentRef
 from dask_zbig.transaction import open_file
 
 __all__ = ["CommitCoordinator", "SaveResult", "to_zbigarray"]
@@ -97,7 +98,8 @@ class _Save:
         opened.enter()
         if self.job.id in array._file.journal.jobs:
             raise PublishError(f"job {self.job.id} has been published into {array!r} already")
-        refs, parts = [], []
+        refs: list[SegmentRef] = []
+        parts: list[ex.Extents] = []
         for manifest in manifests:
             part = np.frombuffer(manifest.extents, ex.EXTENT)
             parts.append(ex.renumber(part, np.arange(len(manifest.segments)) + len(refs)))
@@ -269,7 +271,7 @@ class CommitCoordinator:
         before = array.shape
         if x.shape[:axis] + x.shape[axis + 1 :] != before[:axis] + before[axis + 1 :]:
             raise ShapeError(f"cannot append an array of shape {x.shape} along axis {axis} to {array!r}")
-        array.resize(before[:axis] + (before[axis] + x.shape[axis],) + before[axis + 1 :])
+        array.resize((*before[:axis], before[axis] + x.shape[axis], *before[axis + 1 :]))
         region = tuple(slice(before[axis], None) if i == axis else slice(None) for i in range(array.ndim))
         try:
             save.add(x, array, region)

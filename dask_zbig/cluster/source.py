@@ -44,7 +44,16 @@ class ArraySource:
     def __dask_tokenize__(self) -> Any:
         descr = repr(np.lib.format.dtype_to_descr(self.dtype))
         origin = self.origin
-        return ("dask_zbig.ArraySource", 1, origin.location.alias, origin.oid, origin.tid, self.shape, descr, self.order)
+        return (
+            "dask_zbig.ArraySource",
+            1,
+            origin.location.alias,
+            origin.oid,
+            origin.tid,
+            self.shape,
+            descr,
+            self.order,
+        )
 
     def __repr__(self) -> str:
         origin = self.origin

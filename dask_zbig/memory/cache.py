@@ -53,13 +53,12 @@ class CacheFile:
                     done += os.pwrite(fd, view[done:], offset + done)
         except OSError as e:
             raise ScratchError(
-                e.errno, f"cannot write {len(data)} bytes to a cache file in {self._directory!r}: {e.strerror}"
+                e.errno,
+                f"cannot write {len(data)} bytes to a cache file in {self._directory!r}: {e.strerror}",
             ) from e
         return fd, offset
 
     def punch(self, offset: int, size: int) -> None:
         """Give the disk space of [offset, offset + size) back. A file system that cannot is left alone."""
         if self._fd >= 0:
-            _libc.fallocate(
-                self._fd, _KEEP_SIZE | _PUNCH_HOLE, ctypes.c_longlong(offset), ctypes.c_longlong(size)
-            )
+            _libc.fallocate(self._fd, _KEEP_SIZE | _PUNCH_HOLE, ctypes.c_longlong(offset), ctypes.c_longlong(size))

@@ -43,7 +43,9 @@ __all__ = [
     "lookup",
     "make",
     "merge",
+    "no_ranges",
     "normalize",
+    "one_range",
     "renumber",
     "splice",
     "subtract",
@@ -276,6 +278,16 @@ def holes(extents: Extents, lo: int, hi: int) -> Ranges:
     """
     within = normalize(np.array([[_bound(lo), _bound(hi)]], np.uint64))
     return subtract(within, covered(clip(extents, lo, hi)))
+
+
+def no_ranges() -> Ranges:
+    """Ranges of nothing."""
+    return np.empty((0, 2), np.uint64)
+
+
+def one_range(lo: int, hi: int) -> Ranges:
+    """[lo, hi) as ranges; none if it is empty."""
+    return np.array([(lo, hi)], np.uint64) if lo < hi else no_ranges()
 
 
 def normalize(ranges: npt.ArrayLike) -> Ranges:

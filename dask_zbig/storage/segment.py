@@ -23,7 +23,15 @@ from ZODB.utils import load_current
 from dask_zbig.errors import LoadError
 from dask_zbig.storage.format import VERSION, unpack_state
 
-__all__ = ["BytesSource", "FileSource", "InlineSegment", "SegmentReader", "SegmentRef", "SegmentSource", "reader"]
+__all__ = [
+    "BytesSource",
+    "FileSource",
+    "InlineSegment",
+    "SegmentReader",
+    "SegmentRef",
+    "SegmentSource",
+    "reader",
+]
 
 
 class InlineSegment(Persistent):  # type: ignore[misc]
@@ -101,7 +109,7 @@ class FileSource:
     def local(self) -> bool:
         return True
 
-    def fileno(self) -> int | None:
+    def fileno(self) -> int:
         return self._fd
 
     def read(self, offset: int, size: int) -> bytes:

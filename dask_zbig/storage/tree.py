@@ -109,9 +109,7 @@ class ExtentLeaf(_Watched):
         states = [_decode_leaf(self, s) for s in (old, committed, new)]
         keys = [[_identity(r.obj) for r in refs] for _, refs in states]
         try:
-            extents, table = ex.merge(
-                states[0][0], keys[0], states[1][0], keys[1], states[2][0], keys[2]
-            )
+            extents, table = ex.merge(states[0][0], keys[0], states[1][0], keys[1], states[2][0], keys[2])
         except ex.Overlap as overlap:
             first = overlap.ranges[0].tolist()
             raise ConflictError(
@@ -136,8 +134,7 @@ def _decode_leaf(leaf: ExtentLeaf, state: Any) -> tuple[npt.NDArray[np.void], tu
     lo = int(extents["start"][0]) // LEAF_BYTES * LEAF_BYTES if len(extents) else 0
     ex.validate(extents, segments["length"].tolist(), lo, lo + LEAF_BYTES)
     refs = tuple(
-        SegmentRef(obj, length, checksum)
-        for obj, (length, checksum) in zip(objects, segments.tolist(), strict=True)
+        SegmentRef(obj, length, checksum) for obj, (length, checksum) in zip(objects, segments.tolist(), strict=True)
     )
     return extents, refs
 

@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 import gc
-import glob
 import os
-import pickle
 import signal
 import socket
 import stat
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from urllib.parse import parse_qs, urlsplit
 
 import dask.config
 import pytest
-import transaction
-import ZODB
-from click.testing import CliRunner
-from ZEO.ClientStorage import ClientStorage
 from ZODB.blob import Blob
 
 from dask_zbig import database
-from dask_zbig.cli.main import main
-from dask_zbig.errors import DatabaseUnavailableError, ServerError, SnapshotError
+from dask_zbig.errors import DatabaseUnavailableError, ServerError
 from dask_zbig.server import serve
 
 
@@ -89,9 +81,6 @@ def gone(pid, seconds=20.0):
 def python(code, *args, **options):
     options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, **options}
     return subprocess.Popen([sys.executable, "-c", code, *args], **options)
-
-
-# --- a served database ---
 
 
 @pytest.mark.parametrize("address", [None, ("127.0.0.1", 0)])
@@ -209,9 +198,14 @@ def test_long_temporary_directory(path, monkeypatch, tmp_path):
 
 def test_an_error_in_the_block_is_what_one_sees(path):
     server = serve(path)
-    with pytest.raises(KeyError, match="mine"), server:
-        os.kill(server.pid, signal.SIGKILL)
-        raise KeyError("mine")
+
+    def block():
+        with server:
+            os.kill(server.pid, signal.SIGKILL)
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        block()
 
 
 def test_killed_server(path):
@@ -223,9 +217,11 @@ def test_killed_server(path):
             put_blob(db, "b", b"blob")
             os.kill(server.pid, signal.SIGKILL)
             assert gone(server.pid)
-            with dask.config.set({"zbig.zeo.wait-timeout": 1}):
-                with pytest.raises(DatabaseUnavailableError, match="no ZEO server answers"):
-                    database.open(uri)
+            with (
+                dask.config.set({"zbig.zeo.wait-timeout": 1}),
+                pytest.raises(DatabaseUnavailableError, match="no ZEO server answers"),
+            ):
+                database.open(uri)
             db.close()
 
     with pytest.raises(ServerError, match="ended unasked, killed by SIGKILL"):
@@ -261,12 +257,15 @@ def test_server_ends_with_its_parent(path, end):
 
 def test_forked_children_do_not_matter(path):
     """They neither stop the server when they leave the block, nor keep it when the parent is gone."""
-    end = "pid = os.fork()\n    if pid: os.waitpid(pid, 0); database.open(uri).close(); print('alive', flush=True)"
+    end = "pid = os.fork()\n    if pid: os.waitpid(pid, 0); database.open(uri).close(); print('alive')"
     code = "from dask_zbig import database" + SCRIPT.format(end)
     with python(code, path) as parent:
         out, _ = parent.communicate(timeout=30)
         assert out.endswith("alive\n")
-    end = "if not os.fork(): print(os.getpid(), flush=True); signal.pause()\n    os.kill(os.getpid(), signal.SIGKILL)"
+    end = (
+        "if not os.fork(): print(os.getpid(), flush=True); signal.pause()\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)"
+    )
     with python(SCRIPT.format(end), path) as parent:
         pid = parent.stdout.readline().split()[0]
         child = parent.stdout.readline()
@@ -296,202 +295,3 @@ def test_package_found_through_sys_path_only(path, tmp_path):
         timeout=60,
     )
     assert (done.stdout, done.returncode) == ("fine\n", 0), done.stderr
-
-
-# --- its clients ---
-
-
-CLIENT = """
-import pickle, sys
-from dask_zbig import database
-where = pickle.loads(bytes.fromhex(sys.argv[1]))
-db = database.database(where)
-assert database.database(where) is db and database.location(db).alias == where.alias
-tid = bytes.fromhex(sys.argv[2])
-conn = database.open_at(db, tid)
-print(conn.root()["a"], database.snapshot(conn) == tid)
-"""
-
-
-def test_location_in_a_spawned_process(path):
-    with serve(path) as uri:
-        db = database.open(uri)
-        with db.transaction() as conn:
-            conn.root()["a"] = 1
-        tid = db.lastTransaction()
-        with db.transaction() as conn:
-            conn.root()["a"] = 2
-        here = database.location(db)
-        assert (here.uri, here.exclusive) == (uri, False)
-        assert database.database(here) is db
-        with python(CLIENT, pickle.dumps(here).hex(), tid.hex()) as client:
-            assert client.communicate(timeout=30)[0] == "1 True\n"
-        db.close()
-        again = database.database(here)  # closed by its user: opened again, and kept
-        assert again is not db
-        assert database.database(here) is again
-        again.close()
-
-
-def test_exclusive_location_in_a_spawned_process(path):
-    db = database.open(path)
-    with python(
-        CLIENT, pickle.dumps(database.location(db)).hex(), "00" * 8, stderr=subprocess.PIPE
-    ) as client:
-        _, trouble = client.communicate(timeout=30)
-    db.close()
-    assert f"FileStorage '{path}' can be opened by one process only" in trouble
-    assert f"with dz.serve('{path}') as uri: db = dz.open(uri)" in trouble
-
-
-def test_secret_is_not_passed_on(path):
-    with serve(path) as uri:
-        db = database.open(uri + "&password=sesame")
-        here = database.location(db)
-        assert "sesame" not in repr(here)
-        with python(CLIENT, pickle.dumps(here).hex(), "00" * 8, stderr=subprocess.PIPE) as client:
-            assert "zbig.database-uris" in client.communicate(timeout=30)[1]
-        db.close()
-
-
-def test_plain_client_is_recognised(path):
-    with serve(path) as uri:
-        address = urlsplit(uri).path
-        plain = ZODB.DB(ClientStorage(address, blob_dir=path + ".blobs", shared_blob_dir=True))
-        here = database.register(plain)
-        db = database.open(uri)
-        assert here == database.location(db)
-        db.close()
-        plain.close()
-        blind = ZODB.DB(ClientStorage(address))
-        with blind.transaction() as conn:
-            assert not database.has_blobs(conn)  # though it says that it provides them
-        blind.close()
-        settings = f"server {address}\n blob-dir {path}.blobs\n shared-blob-dir true"
-        text = f"<zodb>\n <zeoclient>\n {settings}\n </zeoclient>\n</zodb>\n"
-        db = database.open(text)
-        assert (database.location(db).alias, database.location(db).uri) == (here.alias, text)
-        db.close()
-
-
-def test_lagging_client_reads_a_snapshot(path):
-    with serve(path) as uri:
-        one, two = database.open(uri), database.open(uri)
-        late = 0
-        for i in range(100):
-            with one.transaction() as conn:
-                conn.root()["a"] = i
-            tid = one.lastTransaction()
-            late += two.lastTransaction() < tid
-            conn = database.open_at(two, tid)
-            assert conn.root()["a"] == i
-            assert database.snapshot(conn) == tid
-            conn.close()
-        future = (int.from_bytes(one.lastTransaction(), "big") + (1 << 40)).to_bytes(8, "big")
-        with pytest.raises(SnapshotError, match="no snapshot"):
-            database.open_at(two, future, timeout=0.1)
-        one.close()
-        two.close()
-
-
-def test_snapshot_that_comes_while_one_waits(path):
-    with serve(path) as uri:
-        one, two = database.open(uri), database.open(uri)
-        wanted = (int.from_bytes(one.lastTransaction(), "big") + 1).to_bytes(8, "big")
-
-        def commit():
-            with one.transaction() as conn:
-                conn.root()["a"] = 1
-
-        timer = threading.Timer(0.3, commit)
-        timer.start()
-        database.open_at(two, wanted).close()
-        timer.join()
-        one.close()
-        two.close()
-
-
-def test_server_syncs_and_cleans_up_after_conflicts(path):
-    with serve(path) as uri:
-        one, two = database.open(uri), database.open(uri)
-        put_blob(one, "b", b"0")
-        managers = [transaction.TransactionManager() for _ in range(2)]
-        database.open_at(two, one.lastTransaction()).close()
-        conns = [db.open(manager) for db, manager in zip((one, two), managers, strict=True)]
-        for i, conn in enumerate(conns):
-            with conn.root()["b"].open("w") as file:
-                file.write(b"%d" % i)
-        managers[0].commit()
-        with pytest.raises(ZODB.POSException.ConflictError):
-            managers[1].commit()
-        managers[1].abort()
-        for conn in conns:
-            conn.close()
-        assert get_blob(one, "b") == b"0"
-        one.close()
-        two.close()
-        files = [name for name in glob.glob(path + ".blobs/0x*/**/*", recursive=True) if os.path.isfile(name)]
-        assert len(files) == 2  # two revisions, and nothing of the third
-
-
-# --- the command ---
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("where", [[], ["--address", "127.0.0.1:0"], ["--socket", "sock"]])
-def test_command(path, tmp_path, number, where):
-    command = [sys.executable, "-m", "dask_zbig.cli.main", "serve", path, *where]
-    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(map(os.path.abspath, sys.path)))
-    with (
-        tempfile.TemporaryDirectory() as cwd,
-        subprocess.Popen(
-            command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        ) as process,
-    ):
-        uri = process.stdout.readline().strip()
-        try:
-            db = database.open(uri)
-            put_blob(db, "b", b"blob")
-            db.close()
-        finally:
-            process.send_signal(number)
-        out, trouble = process.communicate(timeout=30)
-        assert (process.returncode, out) == (0, ""), trouble
-        assert "stop with Ctrl-C" in trouble
-        assert "Traceback" not in trouble
-        assert os.listdir(cwd) == []
-    db = database.open(path)
-    assert get_blob(db, "b") == b"blob"
-    db.close()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "why"),
-    [
-        (["--address", "0.0.0.0:8100"], "TLS"),
-        (["--address", "8100"], "HOST:PORT"),
-        (["--address", "127.0.0.1:8100", "--socket", "s"], "exclude each other"),
-        (["--socket", "/" + "x" * 120], "107 bytes"),
-    ],
-)
-def test_command_refuses(path, arguments, why):
-    result = CliRunner().invoke(main, ["serve", path, *arguments])
-    assert result.exit_code in (1, 2)
-    assert why in result.output
-    assert not os.path.exists(path)
-
-
-def test_command_names_what_is_wrong_with_the_file(path, tmp_path):
-    db = database.open(path)
-    result = CliRunner().invoke(main, ["serve", path])
-    db.close()
-    assert (result.exit_code, "open already" in result.output) == (1, True)
-    (tmp_path / "text").write_text("no database")
-    result = CliRunner().invoke(main, ["serve", str(tmp_path / "text")])
-    assert (result.exit_code, "not a FileStorage" in result.output) == (1, True)
-
-
-def test_help():
-    result = CliRunner().invoke(main, ["--help"])
-    assert result.exit_code == 0
-    assert "serve" in result.output
