@@ -389,8 +389,8 @@ static int map_pieces(zb_window *w, cursor *c, uint64_t lo, uint64_t hi)
         if (c->i == c->n || c->pieces[c->i].start > lo) return -EINVAL;
         const zb_piece *p = &c->pieces[c->i];
         uint64_t stop = p->stop < hi ? p->stop : hi;
-        int anonymous = p->fd < 0 ? MAP_ANONYMOUS | MAP_NORESERVE : 0;
-        void *m = mmap(address(w, lo), stop - lo, PROT_READ, MAP_PRIVATE | MAP_FIXED | anonymous,
+        int how = p->fd < 0 ? MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE : MAP_SHARED;
+        void *m = mmap(address(w, lo), stop - lo, PROT_READ, MAP_FIXED | how,
                        p->fd < 0 ? -1 : (int)p->fd, p->fd < 0 ? 0 : p->offset + (int64_t)(lo - p->start));
         if (m == MAP_FAILED) return -errno;
         counted(w, 1);

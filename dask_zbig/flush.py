@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +29,7 @@ __all__ = ["Target", "add_blobs", "flush", "seal", "store_inline", "trim"]
 
 #: Of a longer run only this much at each end is compared: what is between was written in bulk.
 EDGE = 2 << 20
+STEP = 64 << 10
 #: More separate changes than this in one run are joined to larger ones: the extent map must stay small.
 MAX_RANGES = 512
 INLINE_PIECE = 1 << 20
@@ -61,17 +62,34 @@ def trim(
     """
     rows: list[tuple[int, int, int, int]] = []
     for start, stop, index, offset in extents.tolist():
-        whole = stop - start <= 2 * EDGE
-        parts = [(start, stop)] if whole else [(start, start + EDGE), (stop - EDGE, stop)]
-        changed: list[list[int]] = []
-        for lo, hi in parts:
-            new = sources[index].read(offset + (lo - start), hi - lo)
-            changed += _differing(new, compose(base, base_sources, lo, hi), lo, granule)
-        if not whole:
-            changed.append([start + EDGE, stop - EDGE])
+
+        def differing(lo: int, hi: int, index: int = index, shift: int = offset - start) -> list[list[int]]:
+            new = sources[index].read(lo + shift, hi - lo)
+            return _differing(new, compose(base, base_sources, lo, hi), lo, granule)
+
+        changed = differing(start, stop) if stop - start <= 2 * EDGE else _edges(differing, start, stop)
         for lo, hi in ex.normalize(np.array(changed, np.uint64).reshape(-1, 2)).tolist():
             rows.append((lo, hi, index, offset + (lo - start)))
     return ex.coalesce(ex.make(rows))
+
+
+def _edges(differing: Callable[[int, int], list[list[int]]], start: int, stop: int) -> list[list[int]]:
+    """Compare a long run from both ends, up to EDGE, as far as a step in which every element was changed."""
+    changed: list[list[int]] = []
+    lo, hi = start, stop
+    while lo < start + EDGE:
+        step = differing(lo, lo + STEP)
+        changed += step
+        lo += STEP
+        if step == [[lo - STEP, lo]]:
+            break
+    while hi > stop - EDGE:
+        step = differing(hi - STEP, hi)
+        changed += step
+        hi -= STEP
+        if step == [[hi, hi + STEP]]:
+            break
+    return [*changed, [lo, hi]]
 
 
 def _differing(new: bytes, old: bytearray, at: int, granule: int) -> list[list[int]]:
@@ -84,7 +102,7 @@ def _differing(new: bytes, old: bytearray, at: int, granule: int) -> list[list[i
     unequal = np.zeros(items * granule, np.bool_)
     np.not_equal(np.frombuffer(new, np.uint8), np.frombuffer(old, np.uint8), out=unequal[head : head + len(new)])
     wide = np.dtype(f"u{granule}") if granule in (1, 2, 4, 8) else None
-    changed: npt.NDArray[np.bool_]
+    changed: npt.NDArray[Any]
     changed = np.not_equal(unequal.view(wide), 0) if wide is not None else unequal.reshape(-1, granule).any(axis=1)
     turns = np.flatnonzero(changed[1:] != changed[:-1]) + 1
     turns = np.concatenate([[0] if changed[0] else [], turns, [items] if changed[-1] else []]).astype(np.int64)

@@ -3,7 +3,7 @@
 An *extents* array has the dtype `EXTENT`: in each row, bytes [start, stop) of the array are served by a
 segment, the first of them by the segment's byte ``offset``. Rows are sorted, disjoint, never empty, and
 byte-granular. ``segment`` is an index into a table that is kept elsewhere. Bytes in no extent are a *hole*:
-zeros. A *ranges* array is uint64 of shape (n, 2): sorted, disjoint, non-empty [start, stop); merged in results.
+zeros. A *ranges* array is uint64 of shape (n, 2): sorted, disjoint, not empty; in results also merged.
 
 All is pure: no ZODB, no I/O, no Python loop over extents. Arguments are never changed and results share no
 memory with them, so any thread may call anything. Positions are below 2^64 - 1; bounds outside of that mean
@@ -276,8 +276,7 @@ def holes(extents: Extents, lo: int, hi: int) -> Ranges:
     >>> holes(make([(2, 4, 0, 0)]), 0, 10).tolist()
     [[0, 2], [4, 10]]
     """
-    within = normalize(np.array([[_bound(lo), _bound(hi)]], np.uint64))
-    return subtract(within, covered(clip(extents, lo, hi)))
+    return _complement(covered(clip(extents, lo, hi)), lo, hi)
 
 
 def no_ranges() -> Ranges:
@@ -353,9 +352,10 @@ def _runs(count: int, apart: _Bools) -> tuple[_Indices, _Indices]:
     return np.append(np.intp(0), borders + 1), np.append(borders, np.intp(count - 1))
 
 
-def _complement(ranges: Ranges) -> Ranges:
-    edges = np.concatenate([np.zeros(1, np.uint64), ranges.ravel(), np.full(1, _END, np.uint64)])
-    gaps = edges.reshape(-1, 2)
+def _complement(ranges: Ranges, lo: int = 0, hi: int = _END) -> Ranges:
+    """The rest of [lo, hi), which has all of the ranges."""
+    low, high = np.full(1, _bound(lo)), np.full(1, _bound(hi))
+    gaps = np.concatenate([low, ranges.ravel(), high]).reshape(-1, 2)
     return gaps[gaps[:, 0] < gaps[:, 1]]
 
 
@@ -382,12 +382,13 @@ def diff(a: Extents, keys_a: Keys, b: Extents, keys_b: Keys) -> Ranges:
     [[3, 9]]
     """
     a, b = _identified((a, keys_a), (b, keys_b))
-    # not np.unique: it hashes, which takes a hundred times longer than merging four sorted runs
+    # not np.unique, which hashes: this merges four sorted runs, a hundred times as fast
     points = np.sort(np.concatenate([a["start"], a["stop"], b["start"], b["stop"]]), kind="stable")
-    segment_a, offset_a = _sources(a, points[:-1])
-    segment_b, offset_b = _sources(b, points[:-1])
-    differ = (segment_a != segment_b) | (offset_a != offset_b)
-    return _join(np.stack([points[:-1][differ], points[1:][differ]], 1))
+    pieces = np.stack([points[:-1], points[1:]], 1)  # neither side has an edge inside of a piece
+    pieces = pieces[pieces[:, 0] < pieces[:, 1]]
+    segment_a, offset_a = _sources(a, pieces[:, 0])
+    segment_b, offset_b = _sources(b, pieces[:, 0])
+    return _join(pieces[(segment_a != segment_b) | (offset_a != offset_b)])
 
 
 def merge(
@@ -435,11 +436,10 @@ def _identified(*sides: tuple[Extents, Keys]) -> list[Extents]:
 
 def _sources(extents: Extents, points: npt.NDArray[np.uint64]) -> tuple[npt.NDArray[np.int64], Ranges]:
     """Segment and offset of the byte at each point; (-1, 0) in a hole."""
+    if not len(extents):
+        return np.full(len(points), -1, np.int64), np.zeros(len(points), np.uint64)
     at = np.searchsorted(extents["start"], points, "right") - 1
-    inside = at >= 0
-    inside[inside] = points[inside] < extents["stop"][at[inside]]
-    found = extents.take(at[inside])
-    segment, offset = np.full(len(points), -1, np.int64), np.zeros(len(points), np.uint64)
-    segment[inside] = found["segment"]
-    offset[inside] = found["offset"] + (points[inside] - found["start"])
-    return segment, offset
+    found = extents.take(at)
+    inside = (at >= 0) & (points < found["stop"])
+    segment = np.where(inside, found["segment"].astype(np.int64), -1)
+    return segment, np.where(inside, found["offset"] + (points - found["start"]), np.uint64(0))

@@ -9,9 +9,9 @@ states, which are tuples that begin with the format's version. All integers are 
     is at byte 0 of the file; the elements follow in the order given, without gaps.
 
 ``dask_zbig.storage.tree.ZBigFile``
-    ``(1, depth: int, root: ExtentLeaf | ExtentNode | None, truncation: Truncation, journal: Journal)``. A file of
-    2^63 bytes, zeros where nothing was written. With ``depth`` 0 the root is the one leaf, of bytes 0 .. 64 MiB; else it
-    is a node of level ``depth``. ``None``: nothing was ever written.
+    ``(1, depth: int, root: ExtentLeaf | ExtentNode | None, truncation: Truncation, journal: Journal)``. A file
+    of 2^63 bytes, zeros where nothing was written. With ``depth`` 0 the root is the one leaf, of bytes 0 .. 64 MiB;
+    else it is a node of level ``depth``. ``None``: nothing was ever written.
 
 ``dask_zbig.storage.tree.Truncation``
     ``(1, count: int)``. Changes whenever bytes are cut off. Every commit of data checks that it is current,
