@@ -103,6 +103,7 @@ struct zb_space {
     zb_window *windows;
     bool closed, forked;
     int error;
+    zb_space *next; /* of all, under the registry's lock */
 
     zb_slot *slots; /* mmapped, grown by mremap */
     size_t nslots, slots_cap;
@@ -111,6 +112,7 @@ struct zb_space {
     unsigned in_file;          /* slots used in it */
     int fd;                    /* open while the generation grows, else -1 */
     char directory[ZB_PATH], prefix[128];
+    char path[ZB_PATH]; /* of the file being opened: a handler has no room for it on its stack */
 
     struct {
         uint64_t next_page;
@@ -123,6 +125,7 @@ extern struct zb_globals {
     zb_mutex registry_lock;
     zb_window **registry; /* sorted by base */
     size_t nwindows, registry_cap;
+    zb_space *spaces;
     zb_hooks hooks;
     bool initialised;
     _Atomic bool shut;
@@ -135,18 +138,30 @@ extern struct zb_globals {
 
 #define ZB_COUNT(name, n) atomic_fetch_add_explicit(&zb_g.count.name, (n), memory_order_relaxed)
 
+/* Count n mappings more, with the space locked. */
+ZB_IN_HANDLER static inline void zb_counted(zb_window *w, uint64_t n)
+{
+    w->maps += n;
+    ZB_COUNT(mappings, n);
+}
+
 /* -- window.c */
 ZB_IN_HANDLER zb_space *zb_find_space(const char *address); /* referenced, or NULL */
 ZB_IN_HANDLER zb_window *zb_find_window(zb_space *s, const char *address);
 ZB_IN_HANDLER void zb_space_unref(zb_space *s);
 ZB_IN_HANDLER int zb_block_absent(zb_window *w, uint64_t block); /* block: index in the window */
 ZB_IN_HANDLER void zb_wake(zb_space *s);
+/* Something changed that nobody sleeps for: faults that it overtook are spurious for a reason. */
+ZB_IN_HANDLER static inline void zb_changed(zb_space *s)
+{
+    atomic_fetch_add_explicit(&s->seq, 1, memory_order_release);
+}
 
 /* -- scratch.c */
 ZB_IN_HANDLER int zb_write_fault(zb_window *w, uint64_t position);
 ZB_IN_HANDLER int zb_overflow(zb_window *w, uint64_t position, int error); /* 1: the generation's first */
 ZB_IN_HANDLER void zb_slots_free(zb_space *s);
-int zb_show_dirty(zb_window *w, const zb_slot *slot, unsigned lo, unsigned hi); /* its dirty pages there */
+int zb_adopt_dirty(zb_window *w); /* show what is dirty already in a new window */
 ZB_IN_HANDLER static inline bool zb_is_dirty(const zb_slot *slot, unsigned page)
 {
     return slot->bits[page / 64] >> (page % 64) & 1;
@@ -155,7 +170,7 @@ ZB_IN_HANDLER static inline bool zb_is_dirty(const zb_slot *slot, unsigned page)
 ZB_IN_HANDLER unsigned zb_same(const zb_slot *slot, unsigned page, unsigned end);
 
 /* -- request.c */
-ZB_IN_HANDLER void zb_request_put(const zb_request *r);
+ZB_IN_HANDLER void zb_request_put(const zb_request *r); /* may wait for room, but not to put a NOTICE */
 ZB_IN_HANDLER bool zb_is_loader(void);
 void zb_request_fork(void);
 void zb_request_shutdown(void);

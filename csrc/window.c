@@ -21,12 +21,6 @@ ZB_IN_HANDLER static inline char *address(const zb_window *w, uint64_t position)
     return w->base + (position - w->start);
 }
 
-ZB_IN_HANDLER static void counted(zb_window *w, uint64_t n)
-{
-    w->maps += n;
-    ZB_COUNT(mappings, n);
-}
-
 /* -- registry ------------------------------------------------------------------------------------------------- */
 
 /* The index of the first window whose base is above `address`. */
@@ -120,8 +114,12 @@ static void fork_child(void)
     for (size_t i = 0; i < zb_g.nwindows; i++) {
         zb_window *w = zb_g.registry[i];
         map_none(w->base, w->blocks * ZB_BLOCK);
-        w->space->forked = true;
-        w->space->lock = 0;
+    }
+    for (zb_space *s = zb_g.spaces; s; s = s->next) {
+        s->forked = true;
+        s->lock = 0;
+        if (s->fd >= 0) close(s->fd);
+        s->fd = -1;
     }
     zb_request_fork();
     zb_g.registry_lock = 0;
@@ -195,7 +193,15 @@ void zb_counters(zb_count *out)
 
 void zb_mappings_set(uint64_t n)
 {
+    zb_lock(&zb_g.registry_lock);
+    for (size_t i = 0; i < zb_g.nwindows; i++) { /* n has what they counted; freeing them must not take it off */
+        zb_window *w = zb_g.registry[i];
+        zb_lock(&w->space->lock);
+        w->maps = 0;
+        zb_unlock(&w->space->lock);
+    }
     atomic_store_explicit(&zb_g.count.mappings, n, memory_order_relaxed);
+    zb_unlock(&zb_g.registry_lock);
 }
 
 /* -- spaces --------------------------------------------------------------------------------------------------- */
@@ -215,6 +221,10 @@ int zb_space_new(zb_space **out, uint64_t id, const char *directory, const char 
         return r;
     }
     strcpy(s->prefix, prefix);
+    zb_lock(&zb_g.registry_lock);
+    s->next = zb_g.spaces;
+    zb_g.spaces = s;
+    zb_unlock(&zb_g.registry_lock);
     *out = s;
     return 0;
 }
@@ -223,10 +233,14 @@ int zb_space_scratch(zb_space *s, const char *directory)
 {
     /* room for "/prefix-18446744073709551615" */
     if (strlen(directory) + sizeof s->prefix + 24 > ZB_PATH) return -ENAMETOOLONG;
+    int r = 0;
     zb_lock(&s->lock);
-    strcpy(s->directory, directory);
+    if (s->fd >= 0 || s->file != s->first_file)
+        r = -EBUSY; /* the generation's files are opened again by name */
+    else
+        strcpy(s->directory, directory);
     zb_unlock(&s->lock);
-    return 0;
+    return r;
 }
 
 void zb_space_limit(zb_space *s, uint64_t bytes)
@@ -247,6 +261,13 @@ void zb_space_close(zb_space *s)
 ZB_IN_HANDLER void zb_space_unref(zb_space *s)
 {
     if (atomic_fetch_sub(&s->refs, 1) != 1) return;
+    zb_lock(&zb_g.registry_lock);
+    for (zb_space **p = &zb_g.spaces; *p; p = &(*p)->next)
+        if (*p == s) {
+            *p = s->next;
+            break;
+        }
+    zb_unlock(&zb_g.registry_lock);
     zb_slots_free(s);
     munmap(s, sizeof *s);
 }
@@ -288,24 +309,10 @@ ZB_IN_HANDLER void zb_wake(zb_space *s)
 
 /* -- windows -------------------------------------------------------------------------------------------------- */
 
-/* Show the pages that are dirty already in a new window. */
-static int adopt_dirty(zb_space *s, zb_window *w)
-{
-    for (size_t i = 0; i < s->nslots; i++) {
-        const zb_slot *slot = &s->slots[i];
-        uint64_t at = slot->block * ZB_BLOCK;
-        if (at < w->start || at >= w->start + w->blocks * ZB_BLOCK || slot->file == ZB_NO_FILE) continue;
-        w->table[(at - w->start) / ZB_BLOCK] = ZB_ENTRY(i + 1, ZB_ABSENT);
-        int r = zb_show_dirty(w, slot, 0, ZB_PAGES_PER_BLOCK);
-        if (r) return r;
-    }
-    return 0;
-}
-
 int zb_window_new(zb_window **out, zb_space *s, uint64_t start, uint64_t length)
 {
     int r = 0;
-    if (start % ZB_BLOCK || length == 0 || length > (1ULL << 62)) return -EINVAL;
+    if (start % ZB_BLOCK || length == 0 || length > 1ULL << 62 || start > (1ULL << 63) - length) return -EINVAL;
     zb_window *w = calloc(1, sizeof *w);
     if (!w) return -ENOMEM;
     w->space = s;
@@ -329,11 +336,13 @@ int zb_window_new(zb_window **out, zb_space *s, uint64_t start, uint64_t length)
     r = registry_add(w);
     if (r) goto fail;
     zb_lock(&s->lock);
-    r = adopt_dirty(s, w);
+    r = s->forked ? -ENOTCONN : zb_adopt_dirty(w);
     if (!r) {
         w->next = s->windows;
         s->windows = w;
-        counted(w, 2);
+        zb_counted(w, 2);
+    } else {
+        atomic_fetch_sub_explicit(&zb_g.count.mappings, w->maps, memory_order_relaxed);
     }
     zb_unlock(&s->lock);
     if (r) {
@@ -393,7 +402,7 @@ static int map_pieces(zb_window *w, cursor *c, uint64_t lo, uint64_t hi)
         void *m = mmap(address(w, lo), stop - lo, PROT_READ, MAP_FIXED | how,
                        p->fd < 0 ? -1 : (int)p->fd, p->fd < 0 ? 0 : p->offset + (int64_t)(lo - p->start));
         if (m == MAP_FAILED) return -errno;
-        counted(w, 1);
+        zb_counted(w, 1);
         lo = stop;
     }
     return 0;
@@ -437,6 +446,13 @@ static int fill_run(zb_window *w, cursor *c, uint64_t b, uint64_t end)
     return r;
 }
 
+/* A fill came to nothing: who waits for these blocks must ask for them again. */
+static void not_filled(zb_window *w, uint64_t lo, uint64_t hi)
+{
+    for (uint64_t b = (lo - w->start) / ZB_BLOCK, end = (hi - w->start) / ZB_BLOCK; b < end; b++)
+        if (ZB_KIND(w->table[b]) == ZB_FILLING) w->table[b] = ZB_ENTRY(ZB_SLOT(w->table[b]), ZB_ABSENT);
+}
+
 int zb_fill(zb_window *w, uint64_t epoch, uint64_t lo, uint64_t hi, const zb_piece *pieces, size_t n)
 {
     zb_space *s = w->space;
@@ -448,6 +464,10 @@ int zb_fill(zb_window *w, uint64_t epoch, uint64_t lo, uint64_t hi, const zb_pie
             return -EINVAL;
     int r = 0;
     zb_lock(&s->lock);
+    if (s->forked) {
+        r = -ENOTCONN;
+        goto out;
+    }
     if (s->epoch != epoch) {
         ZB_COUNT(stale_fills, 1);
         r = -ESTALE;
@@ -467,8 +487,48 @@ int zb_fill(zb_window *w, uint64_t epoch, uint64_t lo, uint64_t hi, const zb_pie
     }
     ZB_COUNT(fills, 1);
 out:
+    if (r) not_filled(w, lo, hi);
     zb_unlock(&s->lock);
     zb_wake(s);
+    return r;
+}
+
+/* The part of a piece in one window, block by block. */
+static int remap_in(zb_window *w, const zb_piece *p)
+{
+    uint64_t w_end = w->start + w->blocks * ZB_BLOCK;
+    uint64_t lo = p->start > w->start ? p->start : w->start, hi = p->stop < w_end ? p->stop : w_end;
+    cursor c = {p, 1, 0};
+    int r = 0;
+    for (uint64_t next; lo < hi && !r; lo = next) {
+        uint64_t b = (lo - w->start) / ZB_BLOCK, at = w->start + b * ZB_BLOCK;
+        next = at + ZB_BLOCK < hi ? at + ZB_BLOCK : hi;
+        uint32_t e = w->table[b];
+        if (unfilled(e)) continue;
+        w->table[b] = ZB_ENTRY(ZB_SLOT(e), ZB_CLEAN);
+        if (!ZB_SLOT(e)) {
+            r = map_pieces(w, &c, lo, next);
+            continue;
+        }
+        const zb_slot *slot = &w->space->slots[ZB_SLOT(e) - 1];
+        unsigned end = (unsigned)((next - at) / ZB_PAGE);
+        for (unsigned k = (unsigned)((lo - at) / ZB_PAGE), q; k < end && !r; k = q) {
+            q = zb_same(slot, k, end);
+            if (!zb_is_dirty(slot, k)) r = map_pieces(w, &c, at + k * ZB_PAGE, at + q * ZB_PAGE);
+        }
+    }
+    return r;
+}
+
+int zb_remap(zb_space *s, const zb_piece *pieces, size_t n)
+{
+    int r = 0;
+    for (size_t k = 0; k < n; k++)
+        if (pieces[k].start % ZB_PAGE || pieces[k].stop % ZB_PAGE || pieces[k].offset % (int64_t)ZB_PAGE) return -EINVAL;
+    zb_lock(&s->lock);
+    for (zb_window *w = s->windows; w && !r; w = w->next)
+        for (size_t k = 0; k < n && !r; k++) r = remap_in(w, &pieces[k]);
+    zb_unlock(&s->lock);
     return r;
 }
 
@@ -510,6 +570,7 @@ ZB_IN_HANDLER int zb_block_absent(zb_window *w, uint64_t b)
     uint32_t slotno = ZB_SLOT(w->table[b]);
     char *at = w->base + b * ZB_BLOCK;
     w->table[b] = ZB_ENTRY(slotno, ZB_ABSENT);
+    zb_counted(w, 2);
     if (!slotno) return map_none(at, ZB_BLOCK);
     const zb_slot *slot = &w->space->slots[slotno - 1];
     for (unsigned p = 0, q; p < ZB_PAGES_PER_BLOCK && !r; p = q) {
@@ -543,6 +604,7 @@ static int drop_in(zb_window *w, uint64_t lo, uint64_t hi, unsigned flags)
         } else {
             while (e < end && droppable(w->table[e], flags) && !ZB_SLOT(w->table[e])) e++;
             r = map_none(w->base + b * ZB_BLOCK, (e - b) * ZB_BLOCK);
+            zb_counted(w, 2);
             if (!r)
                 for (uint64_t k = b; k < e; k++) w->table[k] = ZB_ABSENT;
         }

@@ -140,6 +140,8 @@ ZB_API void zb_window_free(zb_window *w);
  *  Blocks that are filled already, and dirty pages, are left as they are. Descriptors may be closed afterwards.
  *  -ESTALE if the epoch is not `epoch`. On another error what was mapped is kept, the rest stays absent. */
 ZB_API int zb_fill(zb_window *w, uint64_t epoch, uint64_t lo, uint64_t hi, const zb_piece *pieces, size_t n);
+/** Show the same bytes from elsewhere: in every window, the pages of `pieces` that are filled and not dirty. */
+ZB_API int zb_remap(zb_space *s, const zb_piece *pieces, size_t n);
 /** The first absent or filling block of [lo, hi), as a position, or `hi` (rounded up to a block). */
 ZB_API uint64_t zb_absent(zb_window *w, uint64_t lo, uint64_t hi);
 /** The first block of [lo, hi) that is neither absent nor filling, in the same way. */

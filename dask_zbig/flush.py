@@ -33,6 +33,8 @@ STEP = 64 << 10
 #: More separate changes than this in one run are joined to larger ones: the extent map must stay small.
 MAX_RANGES = 512
 INLINE_PIECE = 1 << 20
+#: Holes up to this size are filled when their neighbours are joined.
+BRIDGE = 64
 PACKED_BYTES = 64 << 20
 
 
@@ -392,8 +394,9 @@ def _compact(file: OpenFile, leaf: Any, target: Target) -> None:
     chosen = to_join(leaf.extents, leaf.refs)
     if not chosen:
         return
-    rows = leaf.extents[np.isin(leaf.extents["segment"], chosen)]
-    sources = [file.source(ref) if i in chosen else BytesSource(b"") for i, ref in enumerate(leaf.refs)]
+    rows = _bridged(leaf.extents, np.isin(leaf.extents["segment"], chosen), len(leaf.refs))
+    sources: list[Source] = [file.source(ref) if i in chosen else BytesSource(b"") for i, ref in enumerate(leaf.refs)]
+    sources.append(BytesSource(bytes(BRIDGE)))
     if target.blobs and ex.total(ex.covered(rows)) >= BLOB_BYTES:
         packer = _Packer(target.scratch)
         new = []
@@ -408,3 +411,19 @@ def _compact(file: OpenFile, leaf: Any, target: Target) -> None:
         parts.append(data)
         offset += len(data)
     leaf.splice(ex.make(new), [store_inline(file, target.connection, b"".join(parts))])
+
+
+def _bridged(extents: npt.NDArray[np.void], chosen: npt.NDArray[np.bool_], zeros: int) -> npt.NDArray[np.void]:
+    """The chosen extents, with the small holes between two of them filled from segment number `zeros`.
+
+    Zeros that were written over a hole count as unchanged; left out, they would keep an array of appended pieces
+    in pieces for ever.
+    """
+    rows = extents[chosen]
+    follows = np.flatnonzero(chosen[1:] & chosen[:-1])
+    lo, hi = extents["stop"][follows], extents["start"][follows + 1]
+    small = (hi > lo) & (hi - lo <= BRIDGE)
+    bridges = np.zeros(int(small.sum()), ex.EXTENT)
+    bridges["start"], bridges["stop"], bridges["segment"] = lo[small], hi[small], zeros
+    joined = np.concatenate([rows, bridges])
+    return joined[np.argsort(joined["start"])]

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from dask_zbig.basemap import BaseMap, Leaf
 from dask_zbig.errors import LoadError, WindowError
-from dask_zbig.memory._native import BLOCK
+from dask_zbig.memory._native import BLOCK, PAGE
 from dask_zbig.memory.cache import CacheFile
 from dask_zbig.memory.loader import ensure_loaders
 from dask_zbig.memory.plan import Piece, Source, plan
@@ -40,6 +40,9 @@ __all__ = ["Layer", "OpenFile", "Owner", "compose"]
 EAGER_LEAVES = 1024
 #: A window that is made for an array leaves room for it to grow, up to this size.
 ROOMY = 1 << 45
+#: After a commit, changes up to this size stay where they are in memory; and a block that often in a row.
+KEEP_BYTES = 256 << 10
+MOVES = 64
 _END = 1 << 63
 
 
@@ -104,6 +107,7 @@ class OpenFile:
         self._poisoned = ex.no_ranges()
         self._dropped = ex.no_ranges()  # what is to be mapped again when that is possible
         self._filled = ex.no_ranges()  # what was asked for since there are views
+        self._moved: dict[int, int] = {}  # blocks of the last small commit: how many in a row
         self._window: Window | None = None
         self._limit = -1
         on_store(file, _weakly(self, OpenFile._before_store))
@@ -466,9 +470,34 @@ class OpenFile:
         self.local.clear()
         for layer in flushed:
             left = [f for f in layer.files if os.path.exists(f)]
-            if left:  # not all of it became segments just as it was: map those instead
-                _unlink(left)
-                self._forget_mapped(ex.covered(layer.extents))
+            if not left:
+                continue  # its scratch files became segments just as they were
+            changed = ex.covered(layer.extents)
+            if not self._keep_pages(layer, changed):
+                self._forget_mapped(changed)
+            _unlink(left)
+
+    def _keep_pages(self, layer: Layer, changed: npt.NDArray[np.uint64]) -> bool:
+        """Move the pages of a small change from its scratch file, which goes, to the cache.
+
+        That is cheaper than to map its blocks anew; now and then we do that nevertheless, because pages that are
+        moved one by one take a mapping each.
+        """
+        blocks = {int(p) // BLOCK for p in changed.ravel()}
+        self._moved = {b: self._moved.get(b, 0) for b in blocks}
+        aligned = not np.any(layer.extents["start"] % PAGE) and not np.any(layer.extents["stop"] % PAGE)
+        often = any(n >= MOVES for n in self._moved.values())
+        if not aligned or often or ex.total(changed) > KEEP_BYTES:
+            self._moved = {}
+            return False
+        rows = []
+        for start, stop, index, offset in layer.extents.tolist():
+            fd, place = self._cache.add(layer.sources[index].read(offset, stop - start))
+            rows.append((start, stop, place, fd))
+            for b in range(start // BLOCK, (stop - 1) // BLOCK + 1):
+                self._moved[b] = self._moved.get(b, 0) + 1
+        self.space.remap(rows)
+        return True
 
     def discard(self) -> None:
         """Forget all changes, and what could not be loaded."""

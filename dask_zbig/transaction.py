@@ -83,6 +83,7 @@ def store_new(opened: OpenFile, connection: Any) -> None:
     manager = manager_of(connection)
     if opened.manager is None:
         manager.adopt(opened)
+        manager.join_savepoint(opened)
     # A savepoint takes states, too; data then stays in memory, and is flushed when the commit begins.
     committing = manager.transaction_manager.get().status == Status.COMMITTING
     if committing and opened.dirty and opened.file not in manager.flushing:
@@ -107,6 +108,7 @@ class DataManager:
         self.files: dict[ZBigFile, OpenFile] = {}
         self.flushing: set[ZBigFile] = set()
         self._transaction: Any = None  # the one we have joined
+        self._latest: dict[ZBigFile, tuple[Layer, ...]] | None = None  # the state of the last savepoint
         self._cache = connection._cache
         self._blobs = database.has_blobs(connection)
         self.scratch = _scratch_directory(connection)
@@ -213,6 +215,7 @@ class DataManager:
             if opened.dirty:
                 opened.discard()
         self._transaction = None
+        self._latest = None
         self.flushing.clear()
 
     # -- boundaries
@@ -221,6 +224,7 @@ class DataManager:
         """The transaction is over."""
         done = current.status == Status.COMMITTED
         self._transaction = None
+        self._latest = None
         self.flushing.clear()
         for file, opened in list(self.files.items()):
             if done:
@@ -254,7 +258,14 @@ class DataManager:
         """Changes so far become layers that a rollback comes back to."""
         for opened in self.files.values():
             opened.freeze()
-        return _Savepoint(self, {file: opened.layers for file, opened in self.files.items()})
+        self._latest = {file: opened.layers for file, opened in self.files.items()}
+        return _Savepoint(self, self._latest)
+
+    def join_savepoint(self, opened: OpenFile) -> None:
+        """An array has become known by a savepoint, which is being taken, of the Connection: it is part of it."""
+        if self._latest is not None:
+            opened.freeze()
+            self._latest[opened.file] = opened.layers
 
     def rollback(self, state: dict[ZBigFile, tuple[Layer, ...]]) -> None:
         """Back to `state`."""

@@ -237,7 +237,11 @@ class ZBigArray(Persistent):  # type: ignore[misc]
         if new_bytes < old_bytes:
             opened.truncate(new_bytes)
         elif new_bytes > old_bytes:
-            opened.clear_beyond(old_bytes)
+            # Nothing should lie there, but a concurrent transaction may have written what another one cut off.
+            if self._file.ends_by(old_bytes):
+                opened.clear_beyond(old_bytes)
+            else:
+                opened.truncate(old_bytes)
             self._file.reserve(new_bytes, old_bytes)
         self._shape = new
 

@@ -74,7 +74,7 @@ def cluster(workers: int, directory: str) -> Iterator[tuple[Any, Watch]]:
             memory_limit=MEMORY,
             processes=True,
             dashboard_address=None,
-            silence_logs=logging.CRITICAL,
+            silence_logs=logging.INFO,
             local_directory=directory,
             env=_THREADS,
             preload=["dask_zbig"],

@@ -17,12 +17,18 @@ import transaction
 from transaction.interfaces import NoTransaction
 
 from dask_zbig import database
+from dask_zbig.config import get
 from dask_zbig.database import Location
 
-__all__ = ["reading", "writing"]
+__all__ = ["blob_directory", "reading", "writing"]
 
 #: Idle connections that are kept, over all databases and snapshots.
 IDLE = 8
+#: A connection through which so many bytes were mapped is closed: it keeps what it learned of the extent map,
+#: and copies of bytes that had to be put together, but opening a new one costs nothing against this much data.
+RETIRE_BYTES = 1 << 30
+#: ZODB warns of more connections than this at one snapshot.
+HISTORICAL_POOL = 64
 
 
 class _Pool:
@@ -30,25 +36,27 @@ class _Pool:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._idle: OrderedDict[int, tuple[Any, Any]] = OrderedDict()
+        self._idle: OrderedDict[int, tuple[Any, Any, int]] = OrderedDict()
         self._pid = os.getpid()
 
-    def take(self, key: Any) -> Any:
+    def take(self, key: Any) -> tuple[Any, int]:
+        """An idle connection, and how many bytes were mapped through it; (None, 0) if there is none."""
         with self._lock:
             if self._pid != os.getpid():
                 self._idle.clear()
                 self._pid = os.getpid()
-            for number, (other, connection) in reversed(self._idle.items()):
+            for number, (other, connection, used) in reversed(self._idle.items()):
                 if other == key:
                     del self._idle[number]
-                    return connection
-        return None
+                    return connection, used
+        return None, 0
 
-    def give(self, key: Any, connection: Any) -> None:
+    def give(self, key: Any, connection: Any, used: int) -> None:
         with self._lock:
-            self._idle[id(connection)] = (key, connection)
+            if used < RETIRE_BYTES:
+                self._idle[id(connection)] = (key, connection, used)
             spare = [self._idle.popitem(last=False)[1][1] for _ in range(len(self._idle) - IDLE)]
-        for old in spare:
+        for old in spare if used < RETIRE_BYTES else [*spare, connection]:
             old.close()
 
 
@@ -56,8 +64,8 @@ _pool = _Pool()
 
 
 @contextlib.contextmanager
-def reading(location: Location, tid: bytes) -> Iterator[Any]:
-    """A connection that sees the database as of `tid`. What is mapped through it outlives the ``with``.
+def reading(location: Location, tid: bytes, size: int) -> Iterator[Any]:
+    """A connection that sees the database as of `tid`, to map `size` bytes, which outlive the ``with``.
 
     Raises
     ------
@@ -66,16 +74,18 @@ def reading(location: Location, tid: bytes) -> Iterator[Any]:
     """
     db = database.database(location)
     key = (id(db), tid)
-    connection = _pool.take(key)
+    connection, used = _pool.take(key)
     if connection is None or connection.opened is None:
+        if db.getHistoricalPoolSize() < HISTORICAL_POOL:
+            db.setHistoricalPoolSize(HISTORICAL_POOL)
         # (not explicit: DB.close() aborts the transactions of open connections, begun or not)
-        connection = database.open_at(db, tid, transaction.TransactionManager())
+        connection, used = database.open_at(db, tid, transaction.TransactionManager()), 0
     connection.transaction_manager.begin()
     try:
         yield connection
     finally:
         connection.transaction_manager.abort()
-        _pool.give(key, connection)
+        _pool.give(key, connection, used + size)
 
 
 @contextlib.contextmanager
@@ -90,3 +100,11 @@ def writing(location: Location) -> Iterator[Any]:
         with contextlib.suppress(NoTransaction):  # it was committed
             manager.abort()
         connection.close()
+
+
+def blob_directory(location: Location) -> str | None:
+    """Where this process can make files that are to become blobs; None if the database has no blobs."""
+    with writing(location) as connection:
+        if not database.has_blobs(connection):
+            return None
+        return get("scratch-directory") or str(connection._normal_storage.temporaryDirectory())

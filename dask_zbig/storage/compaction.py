@@ -19,7 +19,7 @@ __all__ = ["BLOB_BYTES", "to_join"]
 WIDTH = 16
 _SMALLEST = 1 << 12
 #: A joined segment of this size becomes a blob, where there are blobs, and is not joined again.
-BLOB_BYTES = 1 << 20
+BLOB_BYTES = 128 << 10
 
 
 def to_join(extents: npt.NDArray[np.void], refs: Sequence[SegmentRef]) -> list[int]:

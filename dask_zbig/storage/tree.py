@@ -8,6 +8,7 @@ These classes are imported by storage servers too, to resolve conflicts: this mo
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -127,6 +128,8 @@ def _identity(reference: Any) -> tuple[Any, Any]:
 
 def _decode_leaf(leaf: ExtentLeaf, state: Any) -> tuple[npt.NDArray[np.void], tuple[SegmentRef, ...]]:
     packed, table, objects = unpack_state(leaf, state, 3)
+    if not isinstance(packed, bytes) or not isinstance(table, bytes) or not isinstance(objects, tuple):
+        raise FormatError(f"ExtentLeaf {leaf._p_oid!r} has fields of wrong types")
     if len(packed) % ex.EXTENT.itemsize or len(table) != len(objects) * _SEGMENT.itemsize:
         raise FormatError(f"ExtentLeaf {leaf._p_oid!r} has tables of {len(packed)} and {len(table)} bytes")
     extents = np.frombuffer(packed, ex.EXTENT)
@@ -190,8 +193,10 @@ class ExtentNode(_Watched):
 
 def _decode_node(node: ExtentNode, state: Any) -> tuple[int, list[int], tuple[Any, ...]]:
     level, packed, children = unpack_state(node, state, 3)
+    if not isinstance(packed, bytes) or len(packed) % _KEY.itemsize or not isinstance(children, tuple):
+        raise FormatError(f"ExtentNode {node._p_oid!r} has fields of wrong types or sizes")
     keys = np.frombuffer(packed, _KEY).tolist()
-    if len(keys) != len(children) or any(a >= b for a, b in zip(keys, [*keys[1:], FANOUT], strict=True)):
+    if len(keys) != len(children) or any(a >= b for a, b in itertools.pairwise([*keys, FANOUT])):
         raise FormatError(f"ExtentNode {node._p_oid!r} has the keys {keys[:8]}... for {len(children)} children")
     return level, keys, children
 
@@ -325,6 +330,20 @@ class ZBigFile(_Watched):
                 return
         if node is not None:
             node.cut(size, base + LEAF_BYTES)
+
+    def ends_by(self, size: int) -> bool:
+        """Whether nothing is stored from byte `size` on. Looks along one path of the tree."""
+        node, base = self.root, 0
+        for level in range(self.depth, 0, -1):
+            span = node_bytes(level)
+            key = (size - base) // span
+            if any(k > key for k in node.children):
+                return False
+            base += key * span
+            node = node.children.get(key)
+            if node is None:
+                return True
+        return node is None or not len(node.extents) or int(node.extents["stop"][-1]) <= size
 
     def clear(self) -> None:
         """Forget everything. For a file that is not stored."""

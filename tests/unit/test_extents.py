@@ -303,6 +303,14 @@ def test_set_operations(a, b):
     assert type(ex.total(a)) is int
 
 
+@given(edges, edges)
+def test_no_ranges_and_one_range(lo, hi):
+    lo, hi = max(lo, 0), max(hi, 0)
+    check_ranges(ex.one_range(lo, hi), set(range(lo, hi)))
+    check_ranges(ex.no_ranges(), set())
+    assert ex.one_range(END - 1, END).tolist() == [[END - 1, END]]
+
+
 def test_ranges_up_to_the_end():
     everything = np.array([[0, END]], np.uint64)
     assert ex.total(everything) == END

@@ -1,0 +1,399 @@
+"""The persistent extent map: states round trip, changes follow a bytearray, conflicts merge by byte."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import transaction
+import ZODB
+from hypothesis import given
+from hypothesis import strategies as st
+from ZODB.POSException import ConflictError
+
+from dask_zbig.array.zbigarray import ZBigArray
+from dask_zbig.errors import FormatError, NotStoredError
+from dask_zbig.storage import extents as ex
+from dask_zbig.storage.format import FANOUT, LEAF_BYTES, VERSION
+from dask_zbig.storage.segment import InlineSegment, SegmentRef, checksum
+from dask_zbig.storage.tree import ExtentLeaf, ExtentNode, Journal, Truncation, ZBigFile, node_bytes
+
+N = 60  # bytes that the model looks at
+
+
+class Reference:
+    """What ZODB puts in the place of a referenced object while it resolves a conflict."""
+
+    def __init__(self, oid):
+        self.oid = oid
+
+    def __eq__(self, other):
+        raise AssertionError("references must be compared by their oids")
+
+    __hash__ = None
+
+
+class Segment:
+    """Something with an oid and bytes."""
+
+    def __init__(self, number, length=2 * N):
+        self.oid = number.to_bytes(8, "big")
+        self.data = np.random.default_rng(number).integers(1, 256, length, "u1").tobytes()
+
+    def ref(self):
+        return SegmentRef(Reference(self.oid), len(self.data), checksum(self.data))
+
+
+def content(leaf, segments, base=0, size=N):
+    """The bytes that a leaf describes."""
+    by_oid = {s.oid: s.data for s in segments}
+    out = bytearray(size)
+    for start, stop, index, offset in leaf.extents.tolist():
+        a, b = max(start, base), min(stop, base + size)
+        if a < b:
+            at = offset + a - start
+            out[a - base : b - base] = by_oid[leaf.refs[index].obj.oid][at : at + b - a]
+    return bytes(out)
+
+
+def from_state(state):
+    leaf = ExtentLeaf()
+    leaf.__setstate__(state)
+    return leaf
+
+
+spans = st.tuples(st.integers(0, N), st.integers(0, N)).map(sorted).filter(lambda s: s[0] < s[1])
+#: ("splice", (lo, hi), segment, offset) or ("cut", (lo, hi))
+changes = st.lists(
+    st.tuples(st.just("splice"), spans, st.integers(0, 3), st.integers(0, N)) | st.tuples(st.just("cut"), spans),
+    max_size=8,
+)
+SEGMENTS = [Segment(i) for i in range(1, 9)]
+
+
+def apply(leaf, model, todo, segments=SEGMENTS):
+    for kind, (lo, hi), *more in todo:
+        if kind == "cut":
+            leaf.cut(lo, hi)
+            model[lo:hi] = bytes(hi - lo)
+        else:
+            segment, offset = segments[more[0]], more[1]
+            leaf.splice(ex.make([(lo, hi, 0, offset)]), [segment.ref()])
+            model[lo:hi] = segment.data[offset : offset + hi - lo]
+
+
+# -- leaves
+
+
+@given(changes)
+def test_leaf_is_a_bytearray(todo):
+    leaf, model = ExtentLeaf(), bytearray(N)
+    apply(leaf, model, todo)
+    assert content(leaf, SEGMENTS) == model
+    twin = from_state(leaf.__getstate__())
+    assert content(twin, SEGMENTS) == model
+    assert twin.__getstate__()[1:3] == leaf.__getstate__()[1:3]
+    assert len({r.key for r in leaf.refs}) == len(leaf.refs) == len(ex.used(leaf.extents))
+    assert ex.coalesce(leaf.extents).tolist() == leaf.extents.tolist()
+
+
+@given(changes, changes, changes)
+def test_leaf_conflicts(before, theirs, ours):
+    """Merged byte by byte, or refused if both changed the same byte, and not to the same."""
+    old, model = ExtentLeaf(), bytearray(N)
+    apply(old, model, before)
+    sides = []
+    for todo, segments in ((theirs, SEGMENTS[:4]), (ours, SEGMENTS[4:])):
+        leaf, mine = from_state(old.__getstate__()), bytearray(model)
+        apply(leaf, mine, todo, segments)
+        changed = ex.diff(old.extents, [r.obj.oid for r in old.refs], leaf.extents, [r.obj.oid for r in leaf.refs])
+        sides.append((leaf, mine, changed))
+    (committed, a, changed_a), (new, b, changed_b) = sides
+    expected = bytearray(model)
+    for lo, hi in changed_a.tolist():
+        expected[lo:hi] = a[lo:hi]
+    clash = False
+    for lo, hi in ex.intersect(changed_a, changed_b).tolist():
+        clash |= a[lo:hi] != b[lo:hi]  # both a hole
+    for lo, hi in changed_b.tolist():
+        expected[lo:hi] = b[lo:hi]
+    states = [leaf.__getstate__() for leaf in (old, committed, new)]
+    if clash:
+        with pytest.raises(ConflictError, match="changed by another transaction"):
+            ExtentLeaf()._p_resolveConflict(*states)
+    else:
+        merged = from_state(ExtentLeaf()._p_resolveConflict(*states))
+        assert content(merged, SEGMENTS) == expected
+        assert len({r.key for r in merged.refs}) == len(merged.refs)
+
+
+def test_leaf_merges_neighbouring_bytes_and_refuses_the_same():
+    def changed(lo, hi, segment):
+        leaf = ExtentLeaf()
+        leaf.splice(ex.make([(lo, hi, 0, 0)]), [segment.ref()])
+        return leaf.__getstate__()
+
+    one, two = SEGMENTS[:2]
+    old = ExtentLeaf().__getstate__()
+    merged = from_state(ExtentLeaf()._p_resolveConflict(old, changed(0, 5, one), changed(5, 6, two)))
+    assert merged.extents.tolist() == [(0, 5, 0, 0), (5, 6, 1, 0)]
+    with pytest.raises(ConflictError, match=r"bytes 4\.\.5 of an array"):
+        ExtentLeaf()._p_resolveConflict(old, changed(0, 5, one), changed(4, 6, two))
+
+
+def test_leaf_keeps_extents_immutable():
+    """Whoever took them before a change (a loader) has what they were."""
+    leaf = ExtentLeaf()
+    leaf.splice(ex.make([(0, 10, 0, 0)]), [SEGMENTS[0].ref()])
+    before = leaf.extents
+    leaf.splice(ex.make([(2, 5, 0, 0)]), [SEGMENTS[1].ref()])
+    assert before.tolist() == [(0, 10, 0, 0)]
+    assert not from_state(leaf.__getstate__()).extents.flags.writeable
+
+
+# -- nodes
+
+
+def node_of(keys, level=1):
+    node = ExtentNode(level)
+    for key in keys:
+        node.put(key, Reference(key.to_bytes(8, "big")))
+    return node
+
+
+@given(st.sets(st.integers(0, FANOUT - 1), max_size=20))
+def test_node_round_trip(keys):
+    node = node_of(keys, 3)
+    twin = ExtentNode(1)
+    twin.__setstate__(node.__getstate__())
+    assert twin.level == 3
+    assert {k: c.oid for k, c in twin.children.items()} == {k: k.to_bytes(8, "big") for k in keys}
+
+
+def test_node_cut():
+    node = node_of([0, 5, 9])
+    node.cut(5)
+    assert sorted(node.children) == [0]
+
+
+def put(state, key, oid):
+    version, level, packed, children = state
+    node = ExtentNode(level)
+    node.__setstate__((version, level, packed, children))
+    if oid is None:
+        del node.children[key]
+    else:
+        node.put(key, Reference(oid))
+    return node.__getstate__()
+
+
+def test_node_conflicts():
+    old = node_of([0, 1]).__getstate__()
+    merged = ExtentNode(1)
+    merged.__setstate__(ExtentNode(1)._p_resolveConflict(old, put(old, 7, b"theirs__"), put(old, 3, b"ours____")))
+    assert {k: c.oid for k, c in merged.children.items()} == {
+        0: bytes(8),
+        1: b"\0" * 7 + b"\1",
+        3: b"ours____",
+        7: b"theirs__",
+    }
+    merged.__setstate__(ExtentNode(1)._p_resolveConflict(old, put(old, 1, None), put(old, 3, b"ours____")))
+    assert sorted(merged.children) == [0, 3]
+    for theirs, ours in [(b"theirs__", b"ours____"), (None, b"ours____"), (b"theirs__", None)]:
+        with pytest.raises(ConflictError):
+            ExtentNode(1)._p_resolveConflict(old, put(old, 1, theirs), put(old, 1, ours))
+
+
+# -- journal, truncation
+
+
+def test_journal_conflicts():
+    def state(*jobs):
+        return (VERSION, jobs)
+
+    resolve = Journal()._p_resolveConflict
+    assert resolve(state("a"), state("a", "b"), state("a", "c")) == state("a", "b", "c")
+    with pytest.raises(ConflictError, match="published by another"):
+        resolve(state("a"), state("a", "b"), state("a", "b"))
+
+
+def test_journal_is_bounded():
+    journal = Journal()
+    for k in range(300):
+        journal.add(str(k))
+    assert len(journal.jobs) == Journal.KEPT
+    assert journal.jobs[-1] == "299"
+
+
+def test_truncation_cannot_be_merged():
+    assert not hasattr(Truncation(), "_p_resolveConflict")
+
+
+# -- files
+
+
+def fill(file, positions):
+    for k in positions:
+        leaf = file.leaf(k // LEAF_BYTES)
+        leaf.splice(ex.make([(k, k + 1, 0, 0)]), [SEGMENTS[0].ref()])
+
+
+def positions_of(file):
+    out = []
+    for index, leaf in file.leaves(0, 1 << 63):
+        for start, stop in ex.covered(leaf.extents).tolist():
+            assert index * LEAF_BYTES <= start < stop <= (index + 1) * LEAF_BYTES
+            out += range(start, stop)
+    return out
+
+
+T = 1 << 40
+places = st.integers(0, 10) | st.sampled_from(
+    [LEAF_BYTES - 1, LEAF_BYTES, LEAF_BYTES + 1, node_bytes(2) - 1, node_bytes(2), 3 * T, node_bytes(3), 2 * node_bytes(3)]
+)
+
+
+@given(st.lists(places, max_size=8), places, st.lists(places, max_size=3))
+def test_file_truncate(before, size, after):
+    file = ZBigFile()
+    fill(file, before)
+    assert positions_of(file) == sorted(set(before))
+    file.truncate(size)
+    assert positions_of(file) == sorted({k for k in before if k < size})
+    fill(file, after)
+    assert positions_of(file) == sorted({k for k in before if k < size} | set(after))
+
+
+def test_file_grows_from_the_top():
+    file = ZBigFile()
+    assert list(file.leaves(0, 100)) == []
+    first = file.leaf(0)
+    assert file.depth == 0
+    file.leaf(FANOUT)
+    assert file.depth == 2
+    assert file.leaf(0) is first
+    assert [i for i, _ in file.leaves(0, 1 << 50)] == [0, FANOUT]
+    assert [i for i, _ in file.leaves(LEAF_BYTES, 1 << 50)] == [FANOUT]
+    assert [(node.level, lo) for node, lo, _ in file.nodes(0, 1 << 50)] == [(2, 0), (1, 0), (1, node_bytes(2))]
+    covered = [hi - lo for _, lo, hi in file.nodes(0, 1)]
+    assert covered == [node_bytes(3), node_bytes(2)]
+
+
+def test_reserve_makes_the_tree_deep_enough():
+    file = ZBigFile()
+    file.reserve(0)
+    assert file.root is None
+    file.reserve(LEAF_BYTES)
+    assert (file.depth, type(file.root)) == (0, ExtentLeaf)
+    file.reserve(LEAF_BYTES + 1, LEAF_BYTES)
+    assert file.depth == 1
+    assert [i for i, _ in file.leaves(0, 1 << 50)] == [0, 1]
+    file.reserve((1 << 63) - 1, LEAF_BYTES + 1)
+    assert FANOUT**file.depth * LEAF_BYTES >= 1 << 63
+
+
+def test_a_new_file_cannot_be_pickled():
+    import pickle
+
+    import dask_zbig as dz
+
+    array = dz.ZBigArray(3)
+    array[0] = 1
+    with pytest.raises(NotStoredError):
+        pickle.dumps(array)
+
+
+# -- what is damaged, or of another version, is refused by name
+
+GOOD = {
+    ZBigFile: (VERSION, 0, None, None, None),
+    Truncation: (VERSION, 0),
+    Journal: (VERSION, ()),
+    ExtentNode: (VERSION, 1, b"", ()),
+    ExtentLeaf: (VERSION, b"", b"", ()),
+    InlineSegment: (VERSION, b"abc"),
+    ZBigArray: (VERSION, (3,), "<f8", "C", None),
+}
+
+
+@pytest.mark.parametrize("cls", GOOD)
+def test_states(cls):
+    obj = cls.__new__(cls)
+    obj.__setstate__(GOOD[cls])
+    with pytest.raises(FormatError, match=rf"{cls.__name__} .*version 2.*newer"):
+        cls.__new__(cls).__setstate__((2, *GOOD[cls][1:]))
+    for bad in [(*GOOD[cls], 1), GOOD[cls][:-1], (), None, {}, ("1",), b"x"]:
+        with pytest.raises(FormatError, match=cls.__name__):
+            cls.__new__(cls).__setstate__(bad)
+
+
+def rows(*values):
+    return np.array(list(values), ex.EXTENT).tobytes()
+
+
+def table(*lengths):
+    return np.array([(n, 0) for n in lengths], "<u8,<u8").tobytes()
+
+
+ONE = (Reference(b"one_____"),)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        (rows((0, 10, 0, 0))[:-1], table(10), ONE),
+        (rows((0, 10, 0, 0)), table(10)[:-1], ONE),
+        (rows((0, 10, 0, 0)), table(10), ()),
+        (rows((0, 10, 0, 0)), table(9), ONE),
+        (rows((0, 10, 0, 1)), table(10), ONE),
+        (rows((0, 10, 1, 0)), table(10), ONE),
+        (rows((0, 10, 0, 2**64 - 5)), table(10), ONE),
+        (rows((0, 10, 0, 0), (9, 12, 0, 0)), table(20), ONE),
+        (rows((20, 30, 0, 0), (0, 10, 0, 0)), table(20), ONE),
+        (rows((5, 5, 0, 0)), table(20), ONE),
+        (rows((9, 5, 0, 0)), table(20), ONE),
+        (rows((0, LEAF_BYTES + 1, 0, 0)), table(2 * LEAF_BYTES), ONE),
+        (rows((LEAF_BYTES - 1, LEAF_BYTES + 1, 0, 0)), table(2 * LEAF_BYTES), ONE),
+    ],
+)
+def test_damaged_leaf(state):
+    with pytest.raises(FormatError):
+        ExtentLeaf().__setstate__((VERSION, *state))
+
+
+@pytest.mark.parametrize(
+    ("keys", "count"), [([1, 1], 2), ([2, 1], 2), ([1024], 1), ([0, 1], 1), ([0], 2)], ids=repr
+)
+def test_damaged_node(keys, count):
+    with pytest.raises(FormatError, match="ExtentNode"):
+        ExtentNode(1).__setstate__((VERSION, 1, np.array(keys, "<u2").tobytes(), (Reference(b"x"),) * count))
+
+
+@pytest.mark.parametrize("packed", [b"\0", 5, None], ids=repr)
+def test_damaged_types(packed):
+    with pytest.raises(FormatError):
+        ExtentNode(1).__setstate__((VERSION, 1, packed, (Reference(b"x"),)))
+    with pytest.raises(FormatError):
+        ExtentLeaf().__setstate__((VERSION, packed, table(10), ONE))
+
+
+# -- in a database
+
+
+def test_round_trip_in_a_database():
+    db = ZODB.DB(None)
+    manager = transaction.TransactionManager()
+    conn = db.open(manager)
+    file = conn.root()["file"] = ZBigFile()
+    segment = InlineSegment(b"hello")
+    file.leaf(FANOUT + 3).splice(
+        ex.make([((FANOUT + 3) * LEAF_BYTES, (FANOUT + 3) * LEAF_BYTES + 5, 0, 0)]),
+        [SegmentRef(segment, 5, checksum(b"hello"))],
+    )
+    manager.commit()
+    conn.cacheMinimize()
+    ((index, leaf),) = [(i, x) for i, x in file.leaves(0, 1 << 60) if len(x.extents)]
+    assert (file.depth, index) == (2, FANOUT + 3)
+    assert leaf.refs[0].obj.data == b"hello"
+    assert leaf.refs[0].checksum == checksum(b"hello")
+    conn.close()
+    db.close()
