@@ -1,1 +1,1 @@
-"""Measurements against numpy.memmap, both sides durable and in the same run: ``python -m benchmarks``."""
+"""Measurements against numpy.memmap, both sides durable and in the same run: ``python benchmarks``."""

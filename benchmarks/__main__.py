@@ -25,7 +25,8 @@ def warm(size: int) -> None:
 
 def run(side: str, directory: str, mib: int) -> dict[str, Any]:
     """One side, in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.cases", side, directory, str(mib)]
+    cases = os.path.join(os.path.dirname(os.path.abspath(__file__)), "cases.py")
+    command = [sys.executable, cases, side, directory, str(mib)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     if done.returncode:
         sys.exit(f"{side} failed:\n{done.stderr[-2000:]}")
@@ -34,7 +35,7 @@ def run(side: str, directory: str, mib: int) -> dict[str, Any]:
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one round of 128 MiB, to see that it works")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--mib", type=int, default=1024, help="size of the array (a multiple of 64)")

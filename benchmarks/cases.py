@@ -1,4 +1,4 @@
-"""What is measured. Each side of a case runs in a fresh process: ``python -m benchmarks.cases SIDE DIR MIB``.
+"""What is measured. Each side of a case runs in a fresh process: ``python benchmarks/cases.py SIDE DIR MIB``.
 
 It prints one line of JSON: the seconds that count, and whatever else the case found. Every case checks its
 result; one that is wrong exits non-zero.

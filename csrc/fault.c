@@ -13,12 +13,15 @@ static pthread_mutex_t install_lock = PTHREAD_MUTEX_INITIALIZER;
 
 ZB_TLS struct {
     const char *address;
-    unsigned times;
+    uint32_t seen; /* of the space's changes */
+    unsigned times, still;
 } tls_spurious;
 
 /* A fault that finds its page mapped as it should be was overtaken by another thread. If that goes on at one
- * address, something changed the mapping behind our back: a crash is better than a hang. */
-#define SPURIOUS_LIMIT 10000u
+ * address though nothing changes in the space, or for very long, something changed the mapping behind our back: a
+ * crash is better than a hang. */
+#define SPURIOUS_STILL 10000u
+#define SPURIOUS_LIMIT 1000000u
 
 ZB_IN_HANDLER static bool attached(void)
 {
@@ -48,6 +51,7 @@ ZB_IN_HANDLER static bool poison(zb_window *w, uint64_t b)
     for (unsigned p = 0, q; p < ZB_PAGES_PER_BLOCK; p = q) {
         q = zb_same(slot, p, ZB_PAGES_PER_BLOCK);
         if (zb_is_dirty(slot, p)) continue;
+        zb_counted(w, 2);
         if (mmap(w->base + b * ZB_BLOCK + p * ZB_PAGE, (q - p) * ZB_PAGE, PROT_READ, MAP_PRIVATE | MAP_FIXED,
                  zb_g.poison_fd, (off_t)(p * ZB_PAGE)) == MAP_FAILED)
             return false;
@@ -56,14 +60,15 @@ ZB_IN_HANDLER static bool poison(zb_window *w, uint64_t b)
     return true;
 }
 
-ZB_IN_HANDLER static bool spurious(const char *at)
+ZB_IN_HANDLER static bool spurious(const zb_space *s, const char *at)
 {
+    uint32_t seen = atomic_load_explicit(&s->seq, memory_order_relaxed);
     ZB_COUNT(spurious, 1);
-    if (tls_spurious.address != at) {
-        tls_spurious.address = at;
-        tls_spurious.times = 0;
-    }
-    return ++tls_spurious.times < SPURIOUS_LIMIT;
+    if (tls_spurious.address != at) tls_spurious.times = tls_spurious.still = 0;
+    if (tls_spurious.seen != seen) tls_spurious.still = 0;
+    tls_spurious.address = at;
+    tls_spurious.seen = seen;
+    return ++tls_spurious.still < SPURIOUS_STILL && ++tls_spurious.times < SPURIOUS_LIMIT;
 }
 
 typedef enum { DONE, FOREIGN, LOAD } verdict;
@@ -77,7 +82,7 @@ ZB_IN_HANDLER static verdict look(zb_space *s, const char *at, const void *ucont
     uint64_t position = w->start + (uint64_t)(at - w->base), b = (uint64_t)(at - w->base) / ZB_BLOCK;
     uint32_t e = w->table[b];
     if (ZB_SLOT(e) && zb_is_dirty(&s->slots[ZB_SLOT(e) - 1], (unsigned)(position % ZB_BLOCK / ZB_PAGE)))
-        return !*bus && spurious(at) ? DONE : FOREIGN;
+        return !*bus && spurious(s, at) ? DONE : FOREIGN;
     if (*bus && (ZB_KIND(e) == ZB_CLEAN || ZB_KIND(e) == ZB_HOLE)) {
         /* The file under the mapping is shorter than it was: what is left of it is not to be trusted. */
         ZB_COUNT(bus_faults, 1);
@@ -88,7 +93,7 @@ ZB_IN_HANDLER static verdict look(zb_space *s, const char *at, const void *ucont
     e = w->table[b];
     if (ZB_KIND(e) == ZB_CLEAN || ZB_KIND(e) == ZB_HOLE) {
         if (slept) return DONE; /* the fill came; run the instruction again */
-        if (zb_is_write(ucontext) == 0) return spurious(at) ? DONE : FOREIGN;
+        if (zb_is_write(ucontext) == 0) return spurious(s, at) ? DONE : FOREIGN;
         ZB_COUNT(write_faults, 1);
         tls_spurious.address = NULL;
         int r = s->closed ? -ENOTCONN : zb_write_fault(w, position);
@@ -120,6 +125,7 @@ ZB_IN_HANDLER static verdict look(zb_space *s, const char *at, const void *ucont
     } else {
         ask->want = 0;
     }
+    tls_spurious.address = NULL;
     return LOAD;
 }
 
@@ -134,16 +140,15 @@ ZB_IN_HANDLER static bool serve_in(zb_space *s, const char *at, const void *ucon
         v = look(s, at, ucontext, &bus, slept, &ask);
         uint32_t seen = atomic_load_explicit(&s->seq, memory_order_acquire);
         zb_unlock(&s->lock);
-        if (ask.want & ZB_WANT_NOTICE)
-            notice(s, ask.position, ask.error);
-        else if (ask.want & ZB_WANT_FILL)
-            zb_request_put(&ask);
+        if (ask.want & ZB_WANT_NOTICE) notice(s, ask.position, ask.error);
         if (v != LOAD) break;
         /* The loader is Python: it needs the interpreter's lock, which this thread may hold. */
         if (!state && attached()) state = zb_g.hooks.detach();
+        if (ask.want & ZB_WANT_FILL) zb_request_put(&ask);
         ZB_COUNT(waits, 1);
         zb_futex_wait(&s->seq, seen);
         slept = true;
+        bus = false; /* whatever is mapped there now is not what was too short */
     }
     if (state) zb_g.hooks.attach(state);
     return v == DONE;
@@ -183,10 +188,29 @@ ZB_IN_HANDLER static void set_default(int sig)
     sigaction(sig, &dfl, NULL);
 }
 
+/* The handler that a fault is passed on to may have been installed over us, and call us as "the one before". It does
+ * so with the same context and further down the stack. Then it wants who was there before us, if we know. */
+ZB_TLS struct {
+    const void *ucontext;
+    const char *frame;
+    unsigned depth;
+} tls_chain;
+
+ZB_IN_HANDLER static const struct sigaction *next_handler(int sig, const void *ucontext, const char *frame)
+{
+    bool again = tls_chain.ucontext == ucontext && frame < tls_chain.frame;
+    unsigned i = sig == SIGBUS, depth = again ? tls_chain.depth + 1 : 0;
+    const struct sigaction *p = atomic_load(&current_previous[i]);
+    tls_chain.ucontext = ucontext;
+    tls_chain.frame = frame;
+    tls_chain.depth = depth;
+    return depth == 0 ? p : depth == 1 ? &previous[i][p == &previous[i][0]] : NULL;
+}
+
 ZB_IN_HANDLER static void chain(int sig, siginfo_t *si, void *ucontext)
 {
     ZB_COUNT(chained, 1);
-    const struct sigaction *p = atomic_load(&current_previous[sig == SIGBUS]);
+    const struct sigaction *p = next_handler(sig, ucontext, __builtin_frame_address(0));
     if (!p || (!(p->sa_flags & SA_SIGINFO) && (p->sa_handler == SIG_DFL || p->sa_handler == SIG_IGN))) {
         set_default(sig);
         if (si->si_code <= 0) raise(sig); /* from kill(): it will not happen again by itself */
@@ -196,6 +220,7 @@ ZB_IN_HANDLER static void chain(int sig, siginfo_t *si, void *ucontext)
         p->sa_sigaction(sig, si, ucontext);
     else
         p->sa_handler(sig);
+    tls_chain.ucontext = NULL;
     sigset_t pending;
     if (!sigpending(&pending) && sigismember(&pending, sig)) set_default(sig);
 }

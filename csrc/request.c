@@ -2,7 +2,9 @@
  * request.c - the queue from faulting threads to the loaders.
  *
  * A ring under a futex lock. It cannot overflow in practice (a sleeping thread has one request in it, a NOTICE
- * is put at most once per block and generation); if it does, the putter waits for room: loaders never put. */
+ * is put at most once per block and generation); if it does, the putter waits for room: loaders never put. A
+ * NOTICE is dropped then: nobody sleeps for it, and its thread may hold the interpreter's lock, without which no
+ * loader makes room. */
 #include "internal.h"
 
 #define RING 4096u
@@ -25,7 +27,7 @@ ZB_IN_HANDLER void zb_request_put(const zb_request *r)
 {
     for (;;) {
         zb_lock(&q.lock);
-        if (q.head - q.tail < RING) {
+        if (q.head - q.tail < (r->want & ZB_WANT_NOTICE ? RING / 2 : RING)) {
             q.ring[q.head++ % RING] = *r;
             atomic_fetch_add_explicit(&q.puts, 1, memory_order_release);
             zb_unlock(&q.lock);
@@ -34,7 +36,7 @@ ZB_IN_HANDLER void zb_request_put(const zb_request *r)
         }
         uint32_t seen = atomic_load_explicit(&q.takes, memory_order_acquire);
         zb_unlock(&q.lock);
-        if (atomic_load(&zb_g.shut)) return;
+        if (r->want & ZB_WANT_NOTICE || atomic_load(&zb_g.shut)) return;
         zb_futex_wait(&q.takes, seen);
     }
 }

@@ -56,11 +56,10 @@ ZB_IN_HANDLER static void file_path(const zb_space *s, uint64_t number, char *ou
     out[n] = 0;
 }
 
-ZB_IN_HANDLER static int open_file(const zb_space *s, uint64_t number, int flags)
+ZB_IN_HANDLER static int open_file(zb_space *s, uint64_t number, int flags)
 {
-    char path[ZB_PATH];
-    file_path(s, number, path);
-    int fd = (int)syscall(SYS_openat, AT_FDCWD, path, O_RDWR | O_CLOEXEC | O_NOFOLLOW | flags, 0600);
+    file_path(s, number, s->path);
+    int fd = (int)syscall(SYS_openat, AT_FDCWD, s->path, O_RDWR | O_CLOEXEC | O_NOFOLLOW | flags, 0600);
     return fd < 0 ? -errno : fd;
 }
 
@@ -144,9 +143,16 @@ ZB_IN_HANDLER static void mark_dirty(zb_space *s, zb_slot *slot, unsigned lo, un
         slot->bits[p / 64] |= bit;
         s->dirty_pages++;
     }
+    zb_changed(s);
 }
 
 /* -- mapping -------------------------------------------------------------------------------------------------- */
+
+/* Whether the kernel makes one mapping of this block and the one before. */
+ZB_IN_HANDLER static bool continues(const zb_space *s, const zb_slot *slot)
+{
+    return slot > s->slots && slot[-1].block + 1 == slot->block && slot[-1].file == slot->file;
+}
 
 ZB_IN_HANDLER static int show(zb_window *w, const zb_slot *slot, unsigned lo, unsigned hi, int fd)
 {
@@ -155,10 +161,7 @@ ZB_IN_HANDLER static int show(zb_window *w, const zb_slot *slot, unsigned lo, un
     void *m = mmap(w->base + (at - w->start) + lo * ZB_PAGE, (hi - lo) * ZB_PAGE, PROT_READ | PROT_WRITE,
                    MAP_SHARED | MAP_FIXED, fd, (off_t)(slot->offset + lo * ZB_PAGE));
     if (m == MAP_FAILED) return -errno;
-    if (hi - lo < ZB_PAGES_PER_BLOCK) {
-        w->maps += 2;
-        ZB_COUNT(mappings, 2);
-    }
+    if (hi - lo < ZB_PAGES_PER_BLOCK || !continues(w->space, slot)) zb_counted(w, 2);
     return 0;
 }
 
@@ -167,16 +170,57 @@ ZB_IN_HANDLER static int slot_fd(zb_space *s, const zb_slot *slot)
     return slot->file == s->file && s->fd >= 0 ? s->fd : open_file(s, slot->file, 0);
 }
 
-int zb_show_dirty(zb_window *w, const zb_slot *slot, unsigned lo, unsigned hi)
+static int show_dirty(zb_window *w, const zb_slot *slot)
 {
     int r = 0, fd = slot_fd(w->space, slot);
     if (fd < 0) return fd;
-    for (unsigned p = lo, q; p < hi && !r; p = q) {
-        q = zb_same(slot, p, hi);
+    for (unsigned p = 0, q; p < ZB_PAGES_PER_BLOCK && !r; p = q) {
+        q = zb_same(slot, p, ZB_PAGES_PER_BLOCK);
         if (zb_is_dirty(slot, p)) r = show(w, slot, p, q, fd);
     }
     if (fd != w->space->fd) close(fd);
     return r;
+}
+
+/* Map a page that is mapped shared at `from` at `to` too. */
+ZB_IN_HANDLER static int same_page(const char *from, char *to)
+{
+    void *m = mremap((void *)(uintptr_t)from, 0, ZB_PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, to);
+    return m == MAP_FAILED ? -errno : 0;
+}
+
+/* The dirty pages of a slot that no file backs, as they are in another window. Returns 1, or 0 if no window has
+ * them: then they are lost, as the generation is. */
+static int mirror_dirty(zb_window *w, size_t slotno)
+{
+    const zb_slot *slot = &w->space->slots[slotno - 1];
+    uint64_t at = slot->block * ZB_BLOCK;
+    for (const zb_window *v = w->space->windows; v; v = v->next) {
+        if (at < v->start || at >= v->start + v->blocks * ZB_BLOCK) continue;
+        if (ZB_SLOT(v->table[(at - v->start) / ZB_BLOCK]) != slotno) continue;
+        for (unsigned p = 0; p < ZB_PAGES_PER_BLOCK; p++) {
+            if (!zb_is_dirty(slot, p)) continue;
+            int r = same_page(v->base + (at - v->start) + p * ZB_PAGE, w->base + (at - w->start) + p * ZB_PAGE);
+            if (r) return r;
+            zb_counted(w, 2);
+        }
+        return 1;
+    }
+    return 0;
+}
+
+int zb_adopt_dirty(zb_window *w)
+{
+    zb_space *s = w->space;
+    for (size_t i = 0; i < s->nslots; i++) {
+        const zb_slot *slot = &s->slots[i];
+        uint64_t at = slot->block * ZB_BLOCK;
+        if (at < w->start || at >= w->start + w->blocks * ZB_BLOCK) continue;
+        int r = slot->file == ZB_NO_FILE ? mirror_dirty(w, i + 1) : show_dirty(w, slot);
+        if (r < 0) return r;
+        if (r || slot->file != ZB_NO_FILE) w->table[(at - w->start) / ZB_BLOCK] = ZB_ENTRY(i + 1, ZB_ABSENT);
+    }
+    return 0;
 }
 
 /* Bring pages [lo, hi) of a slot's block into its file: the old bytes of those not dirty, or all of `source`. */
@@ -227,6 +271,8 @@ ZB_IN_HANDLER static int dirty_pages(zb_window *w, uint64_t b, unsigned lo, unsi
     if (!r) {
         mark_dirty(s, slot, lo, hi);
         if (hi - lo == ZB_PAGES_PER_BLOCK && slot->offset) start_writeback(fd, slot->offset - ZB_BLOCK);
+    } else if (r == -ENOMEM && !s->error) {
+        s->error = ENOMEM; /* a window may show pages that are in no run */
     }
     if (fd != s->fd) close(fd);
     return r;
@@ -290,15 +336,20 @@ ZB_IN_HANDLER int zb_overflow(zb_window *w, uint64_t position, int error)
     bool first = !s->error;
     if (first) s->error = error;
     if (!slot && new_slot(s, w->start / ZB_BLOCK + b, false, &slot)) return -ENOMEM;
-    char *at = w->base + b * ZB_BLOCK + page * ZB_PAGE;
-    char *copy = mmap(NULL, ZB_PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    slot->file = ZB_NO_FILE; /* from now on: no later write may map a file over private pages */
+    char *copy = mmap(NULL, ZB_PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     if (copy == MAP_FAILED) return -ENOMEM;
-    struct iovec to = {copy, ZB_PAGE}, from = {at, ZB_PAGE};
+    struct iovec to = {copy, ZB_PAGE}, from = {w->base + b * ZB_BLOCK + page * ZB_PAGE, ZB_PAGE};
     if (syscall(SYS_process_vm_readv, getpid(), &to, 1, &from, 1, 0) != (long)ZB_PAGE) memset(copy, 0xFF, ZB_PAGE);
-    if (mremap(copy, ZB_PAGE, ZB_PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, at) == MAP_FAILED) {
-        munmap(copy, ZB_PAGE);
-        return -ENOMEM;
+    int r = 0;
+    uint64_t at = slot->block * ZB_BLOCK;
+    for (zb_window *v = s->windows; v && !r; v = v->next) {
+        if (at < v->start || at >= v->start + v->blocks * ZB_BLOCK) continue;
+        r = same_page(copy, v->base + (at - v->start) + page * ZB_PAGE);
+        zb_counted(v, 2);
     }
+    munmap(copy, ZB_PAGE);
+    if (r) return -ENOMEM;
     mark_dirty(s, slot, page, page + 1);
     return first;
 }
@@ -316,7 +367,7 @@ int zb_write(zb_window *w, uint64_t lo, uint64_t hi, const void *source)
         unsigned q = (unsigned)((stop - block_at + ZB_PAGE - 1) / ZB_PAGE);
         zb_lock(&s->lock); /* block by block: others need not wait for all of a large write */
         uint32_t kind = ZB_KIND(w->table[b]);
-        if (s->closed)
+        if (s->closed || s->forked)
             r = -ENOTCONN;
         else if (!source && (kind == ZB_ABSENT || kind == ZB_FILLING))
             r = -EAGAIN;
@@ -406,8 +457,8 @@ int zb_freeze(zb_space *s, zb_run **runs, size_t *n, uint64_t *first, uint64_t *
         out = malloc(room * sizeof *out);
         if (!out) return -ENOMEM;
     }
-    if (s->error) {
-        r = -s->error;
+    if (s->forked || s->error) {
+        r = s->forked ? -ENOTCONN : -s->error;
         goto out;
     }
     for (size_t i = 0; i < s->nslots && !r; i++) r = protect_slot(s, &s->slots[i], PROT_READ);
@@ -431,6 +482,7 @@ int zb_freeze(zb_space *s, zb_run **runs, size_t *n, uint64_t *first, uint64_t *
     }
     end_generation(s, first, last);
     s->epoch++; /* what a fill was planned on does not have these pages yet */
+    zb_changed(s);
 out:
     zb_unlock(&s->lock);
     if (r) {
@@ -452,6 +504,10 @@ int zb_discard(zb_space *s, uint64_t *first, uint64_t *last)
 {
     int r = 0;
     zb_lock(&s->lock);
+    if (s->forked) {
+        zb_unlock(&s->lock);
+        return -ENOTCONN; /* the files are the parent's */
+    }
     for (size_t i = 0; i < s->nslots; i++) {
         uint64_t block = s->slots[i].block;
         set_slot(s, block, 0);

@@ -427,6 +427,7 @@ static int fill_run(zb_window *w, cursor *c, uint64_t b, uint64_t end)
     uint64_t at = w->start + b * ZB_BLOCK;
     uint32_t slotno = ZB_SLOT(w->table[b]);
     size_t i = c->i;
+    zb_counted(w, 2); /* of what is absent on both sides */
     if (!slotno) {
         r = map_pieces(w, c, at, w->start + end * ZB_BLOCK);
         if (r) map_none(w->base + b * ZB_BLOCK, (end - b) * ZB_BLOCK);
@@ -500,6 +501,7 @@ static int remap_in(zb_window *w, const zb_piece *p)
     uint64_t lo = p->start > w->start ? p->start : w->start, hi = p->stop < w_end ? p->stop : w_end;
     cursor c = {p, 1, 0};
     int r = 0;
+    if (lo < hi) zb_counted(w, 1); /* of what is cut off at the end */
     for (uint64_t next; lo < hi && !r; lo = next) {
         uint64_t b = (lo - w->start) / ZB_BLOCK, at = w->start + b * ZB_BLOCK;
         next = at + ZB_BLOCK < hi ? at + ZB_BLOCK : hi;
@@ -522,10 +524,10 @@ static int remap_in(zb_window *w, const zb_piece *p)
 
 int zb_remap(zb_space *s, const zb_piece *pieces, size_t n)
 {
-    int r = 0;
     for (size_t k = 0; k < n; k++)
         if (pieces[k].start % ZB_PAGE || pieces[k].stop % ZB_PAGE || pieces[k].offset % (int64_t)ZB_PAGE) return -EINVAL;
     zb_lock(&s->lock);
+    int r = s->forked ? -ENOTCONN : 0;
     for (zb_window *w = s->windows; w && !r; w = w->next)
         for (size_t k = 0; k < n && !r; k++) r = remap_in(w, &pieces[k]);
     zb_unlock(&s->lock);

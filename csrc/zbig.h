@@ -26,7 +26,8 @@
  * Functions return 0 or a negative errno. They never print (but for one line before a forked child is killed
  * for touching a window) and never exit. Positions are byte positions in the space. Unless said otherwise a
  * function may be called from any thread, is not async-signal-safe, must be called *without* the GIL held (or
- * any lock that a faulting thread could hold), and takes the space's lock.
+ * any lock that a faulting thread could hold), and takes the space's lock. In a forked child a space of the parent
+ * can only be closed and freed, with its windows; what would use it returns -ENOTCONN.
  */
 #ifndef ZBIG_H
 #define ZBIG_H
@@ -111,7 +112,7 @@ ZB_API int zb_poison_fd(void);
 /** A new space. `id` is what requests name it by. Scratch file k is `directory/prefix-k`, created (0600, never
  *  following links) on the first write that needs it and owned, once reported, by the caller. */
 ZB_API int zb_space_new(zb_space **out, uint64_t id, const char *directory, const char *prefix);
-/** Where the next scratch file is to be created. */
+/** Where scratch files are to be created from now on. -EBUSY while the current generation has some. */
 ZB_API int zb_space_scratch(zb_space *s, const char *directory);
 /** The file's size: a growing write does not run past it (it may still be written past, page by page). */
 ZB_API void zb_space_limit(zb_space *s, uint64_t bytes);
@@ -138,7 +139,8 @@ ZB_API char *zb_window_base(zb_window *w);
 ZB_API void zb_window_free(zb_window *w);
 /** Map the absent blocks of [lo, hi) (multiples of ZB_BLOCK) by `pieces`, which cover it, sorted; wake who waits.
  *  Blocks that are filled already, and dirty pages, are left as they are. Descriptors may be closed afterwards.
- *  -ESTALE if the epoch is not `epoch`. On another error what was mapped is kept, the rest stays absent. */
+ *  -ESTALE if the epoch is not `epoch`. On another error what was mapped is kept, the rest stays absent. After any
+ *  error the threads that wait for blocks of the range ask for them again. */
 ZB_API int zb_fill(zb_window *w, uint64_t epoch, uint64_t lo, uint64_t hi, const zb_piece *pieces, size_t n);
 /** Show the same bytes from elsewhere: in every window, the pages of `pieces` that are filled and not dirty. */
 ZB_API int zb_remap(zb_space *s, const zb_piece *pieces, size_t n);
@@ -162,8 +164,9 @@ ZB_API void zb_runs_free(zb_run *runs);
  *  clears the error. */
 ZB_API int zb_discard(zb_space *s, uint64_t *first, uint64_t *last);
 /** Make [lo, hi) dirty as a write by faults would, but at once: for direct assignment, and for system calls that
- *  write into a view. With `source` (hi - lo bytes) its bytes are written instead of the old ones, whose whole
- *  pages are then neither read nor copied. -EAGAIN if a block is absent (fill it first; what was done is kept). */
+ *  write into a view. With `source` (hi - lo bytes, whole pages) its bytes are written instead of the old ones,
+ *  which are then neither read nor copied. -EAGAIN if a block is absent (fill it first; what was done is kept),
+ *  -EFAULT if the source, or the file mapped there, cannot be read. */
 ZB_API int zb_write(zb_window *w, uint64_t lo, uint64_t hi, const void *source);
 
 /* -- loader ------------------------------------------------------------------------------------------------- */

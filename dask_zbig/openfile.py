@@ -30,11 +30,12 @@ from dask_zbig.storage import extents as ex
 from dask_zbig.storage.format import LEAF_BYTES
 from dask_zbig.storage.segment import FileSource, SegmentReader, SegmentRef
 from dask_zbig.storage.tree import ZBigFile, on_store, watch
+from dask_zbig.trim import compose, trim
 
 if TYPE_CHECKING:
     from dask_zbig.transaction import DataManager
 
-__all__ = ["Layer", "OpenFile", "Owner", "compose"]
+__all__ = ["Layer", "OpenFile", "Owner"]
 
 #: A view loads at most this many leaves (64 GiB) when it is made; loaders do the rest when it is touched.
 EAGER_LEAVES = 1024
@@ -71,14 +72,6 @@ class Layer:
     refs: tuple[SegmentRef | None, ...]
     exact: bool
     files: tuple[str, ...] = ()
-
-
-def compose(extents: npt.NDArray[np.void], sources: Sequence[Source], lo: int, hi: int) -> bytearray:
-    """The bytes [lo, hi) that the extents describe."""
-    out = bytearray(hi - lo)
-    for start, stop, index, offset in ex.clip(extents, lo, hi).tolist():
-        out[start - lo : stop - lo] = sources[index].read(offset, stop - start)
-    return out
 
 
 class OpenFile:
@@ -347,8 +340,6 @@ class OpenFile:
 
         Reduce them to the bytes that were changed: these lie over the new base, unless that changed them too.
         """
-        from dask_zbig.flush import trim
-
         self.freeze()
         with self._lock:
             now, self._superseded = dict(self._superseded), {}

@@ -28,8 +28,9 @@ from ZODB.POSException import ConnectionStateError
 from dask_zbig import database
 from dask_zbig.config import get
 from dask_zbig.errors import ClosedError, NotStoredError
-from dask_zbig.flush import Target, flush
+from dask_zbig.flush import flush
 from dask_zbig.openfile import Layer, OpenFile, Owner
+from dask_zbig.segmentwriter import Target
 from dask_zbig.storage.segment import reader
 from dask_zbig.storage.tree import ZBigFile
 

@@ -264,8 +264,11 @@ static void call_between_us(void)
     begin();
     install(SIGSEGV, calls_older, SA_SIGINFO, &older); /* older is ours */
     our_faults_work();
+    CHECK_EQ(*shared, 1);
     CHECK_OK(zb_handlers());
     our_faults_work();
+    CHECK_EQ(*shared, 1);
+    *shared = 0;
     crash();
 }
 

@@ -181,13 +181,13 @@ static void a_new_window_sees_it(void)
 
 static void direct_writes_return_it(void)
 {
-    static char source[4 * B];
+    static char source[6 * B];
     memset(source, 7, sizeof source);
     begin();
     CHECK_EQ(zb_write(w, 0, BLOCKS * B, NULL), -why.error);
     discard();
-    CHECK_EQ(zb_write(w, B, 5 * B, source), -why.error);
-    fx_check_file(base + 5 * B, 3 * B, 1, 5 * B);
+    CHECK_EQ(zb_write(w, B, 7 * B, source), -why.error);
+    fx_check_file(base + 7 * B, B, 1, 7 * B);
     discard();
     end();
 }
@@ -250,7 +250,7 @@ static void full(void)
     CHECK_SYS(mkdir(why.bad, 0700));
     /* In a mount namespace of our own, so that nothing is left behind. */
     if (unshare(CLONE_NEWNS) || mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) ||
-        mount("tiny", why.bad, "tmpfs", 0, "size=11m,huge=never")) {
+        mount("tiny", why.bad, "tmpfs", 0, "size=10m,huge=never")) {
         printf("skipped: cannot mount a tmpfs: %m\n");
         rmdir(why.bad);
         exit(SKIP);
@@ -265,7 +265,7 @@ static void lift_limit(void)
 
 static void size_limit(void)
 {
-    struct rlimit limit = {5 * B + B / 2, RLIM_INFINITY};
+    struct rlimit limit = {5 * B, RLIM_INFINITY};
     signal(SIGXFSZ, SIG_IGN);
     CHECK_SYS(setrlimit(RLIMIT_FSIZE, &limit));
     why.error = EFBIG;

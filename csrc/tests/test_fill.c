@@ -22,6 +22,9 @@ static void begin(uint64_t blocks)
 
 static void end(void)
 {
+    uint64_t first, last;
+    CHECK_OK(zb_discard(s, &first, &last));
+    fx_scratch_remove(1, first, last);
     zb_window_free(w);
     zb_space_free(s);
 }

@@ -141,7 +141,7 @@ static void sequential_streams(void)
     uint64_t before = write_faults();
     for (uint64_t at = 0; at < 8 * B; at += P)
         for (uint64_t k = 0; k < 4; k++) fx_put(base + k * 8 * B + at, 1);
-    CHECK_LE(write_faults() - before, 64);
+    CHECK_LE(write_faults() - before, 4 * (8 + 10)); /* one a block, and ten to get there */
     end();
 }
 

@@ -15,7 +15,7 @@ import transaction
 
 import dask_zbig as dz
 from dask_zbig.cli.demo_check import check
-from dask_zbig.cli.demo_cluster import Watch, cluster
+from dask_zbig.cli.demo_cluster import MEMORY, Watch, cluster
 from dask_zbig.cli.demo_data import LandMask, find_mask
 from dask_zbig.cli.demo_job import Answer, import_mask, land_fractions, save_land
 from dask_zbig.cli.demo_report import PeakMemory, Report, mib, percent
@@ -60,7 +60,7 @@ def run(
         path = _prepare(keep or private.path, picture, source)
         memory = stack.enter_context(PeakMemory())
         _introduce(report, source, path, keep)
-        with report.step("start", f"ZEO server, {workers} worker processes"):
+        with report.step("start", f"ZEO server, {workers} workers of {MEMORY}"):
             uri = stack.enter_context(dz.serve(path))
             client, watch = stack.enter_context(cluster(workers, private.path))
         try:
@@ -99,6 +99,7 @@ def _steps(report: Report, source: LandMask, uri: str, client: Any, watch: Watch
         db.close()
     with report.step("check", "a new process compares with NumPy", 2 * source.nbytes) as step:
         differences = check(uri, source, step.progress)
+        step.what = "equal to NumPy's, in a new process" if differences.none else "DIFFERENT from NumPy's"
     if not differences.none:
         raise click.ClickException(f"the check failed: {differences}")
     return answer

@@ -13,7 +13,9 @@ from typing import Any
 
 import click
 import numpy as np
+import transaction
 
+import dask_zbig as dz
 from dask_zbig.cli.demo_data import BANDS, CELL, LandMask
 
 __all__ = ["Differences", "check"]
@@ -65,12 +67,15 @@ def check(uri: str, source: LandMask, progress: Callable[[int, int], None]) -> D
 
 def _run(uri: str, source: LandMask, pipe: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
-    import dask_zbig as dz
-
     db = dz.open(uri)
     connection = db.open()
+
+    def progress(done: int) -> None:
+        transaction.abort()  # between transactions no page of an array stays in our memory
+        pipe.send(done)
+
     try:
-        pipe.send(compare(connection.root(), source, pipe.send))
+        pipe.send(compare(connection.root(), source, progress))
     finally:
         connection.close()
         db.close()

@@ -15,7 +15,7 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 __all__ = ["MEMORY", "Watch", "cluster"]
 
 MEMORY = "512 MiB"  # of a worker: less than the array
-_STAGED = "zbig-stage-"  # how the names of tasks begin that write
+_WRITES = "zbig-stage"  # in the names of tasks that write
 _THREADS = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 
@@ -36,7 +36,7 @@ class Watch(SchedulerPlugin):  # type: ignore[misc]
         self._pids: dict[str, int] = {}
         self._total = 0
         self._done: set[Any] = set()
-        self._staged: set[str] = set()
+        self._staged: set[Any] = set()
 
     def begin(self, progress: Callable[[int, int], None]) -> None:
         """Count from 0, and show it."""
@@ -49,14 +49,14 @@ class Watch(SchedulerPlugin):  # type: ignore[misc]
 
     def update_graph(self, scheduler: Any, *, tasks: Any, **kwargs: Any) -> None:
         self._total += len(tasks)
-        self.staged_total += sum(str(task).startswith(_STAGED) for task in tasks)
+        self.staged_total += sum(_WRITES in str(task) for task in tasks)
 
     def transition(self, key: Any, start: str, finish: str, *args: Any, worker: str = "", **kwargs: Any) -> None:
         if finish != "memory":
             return
         self._done.add(key)
         self.progress(len(self._done), self._total)
-        if str(key).startswith(_STAGED):
+        if _WRITES in str(key):
             self.again += key in self._staged
             self._staged.add(key)
             if worker in self._pids and not self.killed and 3 * len(self._staged) >= self.staged_total:
@@ -73,8 +73,8 @@ def cluster(workers: int, directory: str) -> Iterator[tuple[Any, Watch]]:
             threads_per_worker=1,
             memory_limit=MEMORY,
             processes=True,
-            dashboard_address=None,
-            silence_logs=logging.INFO,
+            dashboard_address="127.0.0.1:0",
+            silence_logs=logging.CRITICAL,
             local_directory=directory,
             env=_THREADS,
             preload=["dask_zbig"],

@@ -61,4 +61,4 @@ def _land_by_cell(water: npt.NDArray[np.bool_]) -> npt.NDArray[np.float32]:
     rows, columns = water.shape
     by_line = np.asarray(water).view("u1").reshape(rows // CELL, CELL, columns).sum(axis=1, dtype="u1")
     wet = by_line.reshape(rows // CELL, columns // CELL, CELL).sum(axis=2, dtype="u2")
-    return (1 - wet / CELL**2).astype("f4")
+    return np.asarray(1 - wet / CELL**2, "f4")

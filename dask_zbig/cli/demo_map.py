@@ -75,8 +75,8 @@ def _land_colours(fractions: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
 def _world(fractions: npt.NDArray[np.float32]) -> Image.Image:
     """Land by its fraction; the open sea gets lighter towards the coasts."""
     wrapped = np.pad(fractions, ((0, 0), (40, 40)), mode="wrap")
-    grey = Image.fromarray((wrapped * 255).astype("u1")).filter(ImageFilter.GaussianBlur(9))
-    near = np.clip(np.asarray(grey)[:, 40:-40, None] / 110, 0, 1) ** 0.8
+    grey = Image.fromarray((wrapped * 255).astype("u1")).filter(ImageFilter.GaussianBlur(12))
+    near = np.clip(np.asarray(grey)[:, 40:-40, None] / 150, 0, 1)
     sea = np.array(DEEP) + (np.array(SHALLOW) - DEEP) * near
     pixels = np.where(fractions[..., None] > 0, _land_colours(fractions), sea)
     world = Image.fromarray(pixels.round().astype("u1"), "RGB")

@@ -23,6 +23,7 @@ from distributed.protocol.numpy import deserialize_numpy_ndarray, serialize_nump
 from ZODB.POSException import POSKeyError
 
 from dask_zbig.array.indexing import bounds
+from dask_zbig.cluster.residency import keep_low, touched
 from dask_zbig.cluster.worker import reading
 from dask_zbig.database import Location
 from dask_zbig.errors import SnapshotError
@@ -64,7 +65,9 @@ class Chunk(np.ndarray):
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, out: Any = None, **kwargs: Any) -> Any:
         if out is not None:
             kwargs["out"] = _plain(tuple(out))
-        return getattr(ufunc, method)(*_plain(inputs), **kwargs)
+        result = getattr(ufunc, method)(*_plain(inputs), **kwargs)
+        touched(sum(i.nbytes for i in inputs if isinstance(i, Chunk)))
+        return result
 
     def __array_function__(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         result = func(*_plain(tuple(args)), **{k: _plain(v) for k, v in kwargs.items()})
@@ -78,6 +81,7 @@ class Chunk(np.ndarray):
             chunk = result.view(Chunk)
             chunk._follow(self)
             return chunk
+        touched(self.nbytes)
         return result
 
     def __getitem__(self, index: Any) -> Any:
@@ -99,21 +103,21 @@ class Chunk(np.ndarray):
             return _plain(self).__reduce_ex__(protocol)
         return open_chunk, reference
 
-    def __copy__(self) -> npt.NDArray[Any]:
+    def __copy__(self) -> npt.NDArray[Any]:  # type: ignore[override]
         return np.array(_plain(self))
 
-    def __deepcopy__(self, memo: Any) -> npt.NDArray[Any]:
+    def __deepcopy__(self, memo: Any) -> npt.NDArray[Any]:  # type: ignore[override]
         return np.array(_plain(self))
 
     def copy(self, order: Any = "C") -> npt.NDArray[Any]:  # type: ignore[override]
         """A plain array."""
         return np.array(_plain(self), order=order)
 
-    def astype(self, *args: Any, **kwargs: Any) -> npt.NDArray[Any]:  # type: ignore[override]
+    def astype(self, *args: Any, **kwargs: Any) -> npt.NDArray[Any]:
         """A plain array."""
         return _plain(self).astype(*args, **kwargs)  # type: ignore[no-any-return]
 
-    def flatten(self, order: Any = "C") -> npt.NDArray[Any]:  # type: ignore[override]
+    def flatten(self, order: Any = "C") -> npt.NDArray[Any]:
         """A plain array."""
         return _plain(self).flatten(order)  # type: ignore[no-any-return]
 
@@ -196,6 +200,7 @@ def _map(
             opened.enter()
             window = opened.space.window(lo, hi - lo)
             opened.fill(lo, hi, local_only=False)
+            keep_low(window)
         except POSKeyError as e:
             raise SnapshotError(
                 f"{origin.location.alias} does not have the array 0x{origin.oid.hex().lstrip('0')} as of "
@@ -207,13 +212,11 @@ def _map(
 # -- what Dask asks of a type
 
 
-@sizeof.register(Chunk)
 def _sizeof(chunk: Chunk) -> int:
     """Its pages belong to the page cache; the process holds next to nothing."""
     return 256 if chunk.reference() is not None else int(chunk.nbytes)
 
 
-@dask_serialize.register(Chunk)
 def _serialize(chunk: Chunk, context: Any = None) -> tuple[dict[str, Any], list[Any]]:
     reference = chunk.reference()
     if reference is not None:
@@ -222,8 +225,12 @@ def _serialize(chunk: Chunk, context: Any = None) -> tuple[dict[str, Any], list[
     return plain(_plain(chunk), context)  # type: ignore[no-any-return]
 
 
-@dask_deserialize.register(Chunk)
 def _deserialize(header: dict[str, Any], frames: list[Any]) -> Any:
     if "zbig" in header:
         return open_chunk(*pickle.loads(header["zbig"]))
     return deserialize_numpy_ndarray(header, frames)
+
+
+sizeof.register(Chunk, _sizeof)
+dask_serialize.register(Chunk, _serialize)
+dask_deserialize.register(Chunk, _deserialize)

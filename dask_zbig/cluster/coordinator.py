@@ -8,23 +8,26 @@ one small transaction on the extent map, together with whatever else it contains
 from __future__ import annotations
 
 import contextlib
-import itertools
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import dask
 import dask.array as da
 import numpy as np
+from dask.array import core
 from dask.base import tokenize
+from dask.layers import ArraySliceDep
+from ZODB.POSException import POSError
 
 from dask_zbig import database
 from dask_zbig.array.indexing import is_basic, locate
 from dask_zbig.array.zbigarray import ZBigArray
-from dask_zbig.cluster.staging import Job, begin_job, end_job
-from dask_zbig.cluster.store import Manifest, Place, stage
-from dask_zbig.errors import DTypeError, NotStoredError, PublishError, ShapeError, ZBigError
+from dask_zbig.cluster.source import from_zbigarray
+from dask_zbig.cluster.staging import Job, begin_job, end_job, hold_job
+from dask_zbig.cluster.store import Manifest, Place, stage_block
+from dask_zbig.errors import ClosedError, DTypeError, NotStoredError, PublishError, ShapeError, ZBigError
 from dask_zbig.openfile import Layer
 from dask_zbig.storage import extents as ex
 from dask_zbig.storage.segment import SegmentRef
@@ -44,12 +47,12 @@ class SaveResult:
     seconds: float
 
 
-@dataclass
+@dataclass(frozen=True, slots=True)
 class _Store:
-    """One call of `store`; where two write the same bytes the later one wins."""
+    """One call of `store`; where two write the same bytes the later one wins. `staged`: the manifests to be."""
 
     array: ZBigArray
-    tasks: list[Any] = field(default_factory=list)
+    staged: core.Array
 
 
 class _Save:
@@ -67,31 +70,32 @@ class _Save:
         """Plan the tasks that stage `x`."""
         x, where = _checked(x, array, region, self.connection)
         number = len(self.stores)
-        self.stores.append(_Store(array))
-        descr = np.lib.format.dtype_to_descr(array.dtype)
-        starts = [np.concatenate([[0], np.cumsum(c)[:-1]]).astype(int).tolist() for c in x.chunks]
-        token = tokenize(x, self.job.id, number)
-        blocks = x.to_delayed().ravel() if x.ndim else [x.to_delayed().item()]
-        stage_task = dask.delayed(stage, pure=True)
-        for k, (block, offsets) in enumerate(zip(blocks, itertools.product(*starts), strict=True)):
-            position = where.position + sum(o * s for o, s in zip(offsets, where.strides, strict=True))
-            place = Place(number, position, where.strides, descr)
-            key = f"zbig-stage-{token}-{k}"
-            self.stores[number].tasks.append(stage_task(block, place, self.job, dask_key_name=key))
+        place = Place(number, where.position, where.shape, where.strides, array.dtype)
+        blocks = _blocks(x)
+        staged = core.map_blocks(
+            stage_block,
+            blocks,
+            ArraySliceDep(blocks.chunks),
+            whole=place,
+            job=self.job,
+            chunks=tuple((1,) * n for n in blocks.numblocks),
+            dtype=object,
+            meta=np.empty((0,) * x.ndim, object),
+            name=f"zbig-stage-{tokenize(x.name, self.job.id, number)}",
+        )
+        self.stores.append(_Store(array, staged))
 
     def run(self) -> None:
         """Compute, all arrays in one graph, and lay what was staged over the arrays."""
-        tasks = [t for s in self.stores for t in s.tasks]
-        manifests: tuple[Manifest, ...] = dask.compute(*tasks) if tasks else ()
-        by_target: dict[int, list[Manifest]] = {}
-        for manifest in manifests:
-            by_target.setdefault(manifest.target, []).append(manifest)
-        for number, mine in sorted(by_target.items()):
-            self._overlay(self.stores[number].array, mine)
-        for journal in {id(s.array): s.array._file.journal for s in self.stores}.values():
-            journal.add(self.job.id)
-        for s in self.stores:
-            s.tasks.clear()
+        if not self.stores:
+            return
+        results = dask.compute(*(s.staged for s in self.stores))
+        hold_job(self.job, self.connection)
+        for store, result in zip(self.stores, results, strict=True):
+            manifests: list[Manifest] = np.asarray(result).ravel().tolist()
+            self._overlay(store.array, manifests)
+        for array in {id(s.array): s.array for s in self.stores}.values():
+            array._file.journal.add(self.job.id)
 
     def _overlay(self, array: ZBigArray, manifests: list[Manifest]) -> None:
         opened = open_file(array._file, array, self.connection)
@@ -123,12 +127,22 @@ class _Save:
 
     def give_up(self) -> None:
         """Before anything was made part of the transaction."""
-        with contextlib.suppress(ZBigError):  # the lease sees to it, if the database cannot be reached now
-            end_job(self.job)
+        _forget(False, self.job)
+
+    def tid(self) -> bytes:
+        """The transaction that has just published."""
+        serials = []
+        for store in self.stores:
+            journal = store.array._file.journal
+            journal._p_activate()  # it is a ghost if the commit merged it with another job's
+            if journal.jobs[-1:] == (self.job.id,):
+                serials.append(journal._p_serial)
+        return bytes(max(serials, default=self.connection.db().lastTransaction()))
 
 
 def _forget(committed: bool, job: Job) -> None:
-    with contextlib.suppress(ZBigError):
+    # The lease sees to it, if the database cannot be reached now.
+    with contextlib.suppress(ZBigError, POSError, OSError):
         end_job(job)
 
 
@@ -136,8 +150,16 @@ def _forget_aborted(job: Job) -> None:
     _forget(False, job)
 
 
-def _checked(x: Any, array: ZBigArray, region: Any, connection: Any) -> tuple[da.Array, Any]:
-    """`x` as a Dask array that fits `array[region]`, and where that lies."""
+def _blocks(x: Any) -> core.Array:
+    """`x` without array expressions: those know no arguments that differ by block."""
+    if isinstance(x, core.Array):
+        return x
+    optimized = x.optimize()
+    return core.Array(dict(optimized.__dask_graph__()), optimized.name, x.chunks, meta=x._meta)
+
+
+def _check_target(array: Any, connection: Any) -> None:
+    """Whether a save into `connection`'s transaction can write to `array` at all."""
     if not isinstance(array, ZBigArray):
         raise TypeError(f"the target must be a ZBigArray, not {type(array).__name__}")
     if array._p_jar is None:
@@ -146,10 +168,31 @@ def _checked(x: Any, array: ZBigArray, region: Any, connection: Any) -> tuple[da
         )
     if array._p_jar is not connection:
         raise ZBigError(f"{array!r} belongs to another connection than this save")
-    if not isinstance(x, da.Array):
+    _check_open(connection)
+
+
+def _check_open(connection: Any) -> None:
+    if connection.opened is None:
+        raise ClosedError(f"the connection is closed: {connection!r}")
+    if connection.before is not None or connection.isReadOnly():
+        raise PublishError(f"the connection is read-only: {connection!r}")
+
+
+def _as_dask(x: Any) -> Any:
+    """`x` as a Dask array of known shape."""
+    if isinstance(x, ZBigArray):
+        return from_zbigarray(x)
+    if not isinstance(x, (da.Array, core.Array)):
         x = da.from_array(np.asarray(x))
     if any(np.isnan(n) for n in x.shape):
         raise ShapeError(f"a Dask array of unknown shape {x.shape} cannot be stored: call compute_chunk_sizes() on it")
+    return x
+
+
+def _checked(x: Any, array: ZBigArray, region: Any, connection: Any) -> tuple[da.Array, Any]:
+    """`x` as a Dask array that fits `array[region]`, and where that lies."""
+    _check_target(array, connection)
+    x = _as_dask(x)
     if not np.can_cast(x.dtype, array.dtype, "same_kind"):
         raise DTypeError(f"cannot store {x.dtype} values in {array!r}: not castable by 'same_kind'")
     index = Ellipsis if region is None else region
@@ -189,6 +232,9 @@ def to_zbigarray(x: Any, array: ZBigArray, region: Any = None) -> SaveResult:
         If `x` does not fit. Nothing was computed.
     NotStoredError
         If the array belongs to no database.
+    ClosedError, PublishError
+        If the array's connection is closed, or read-only. PublishError also if the computation outlasted the
+        lease (`zbig.lease-seconds`) of what it staged.
     DatabaseUnavailableError
         If a worker cannot open the database.
     """
@@ -235,7 +281,7 @@ class CommitCoordinator:
     >>> transaction.commit()
     >>> with dz.CommitCoordinator(conn) as save:
     ...     save.store(da.ones(50, chunks=10), root["B"], region=slice(50, 100))
-    ...     save.append(da.zeros((4, 3), "i4", chunks=2), root["C"])
+    ...     save.append(da.zeros((4, 3), dtype="i4", chunks=2), root["C"])
     >>> float(root["B"][:].sum()), root["C"].shape
     (50.0, (4, 3))
     >>> conn.close(); db.close()
@@ -248,6 +294,9 @@ class CommitCoordinator:
         self.result: SaveResult | None = None
 
     def __enter__(self) -> CommitCoordinator:
+        if self._save is not None:
+            raise PublishError("this CommitCoordinator is in use already")
+        _check_open(self._connection)
         self._started = time.perf_counter()
         self._save = _Save(self._connection)
         return self
@@ -264,7 +313,8 @@ class CommitCoordinator:
     def append(self, x: Any, array: ZBigArray) -> None:
         """Add `x` at the end of the array's major axis."""
         save = self._current()
-        x = x if isinstance(x, da.Array) else da.from_array(np.asarray(x))
+        _check_target(array, self._connection)
+        x = _as_dask(x)
         if not array.ndim or x.ndim != array.ndim:
             raise ShapeError(f"cannot append an array of shape {x.shape} to {array!r}")
         axis = array.major_axis
@@ -301,7 +351,4 @@ class CommitCoordinator:
             manager.abort()
             raise
         seconds = time.perf_counter() - self._started
-        tid = self._connection.db().lastTransaction()
-        if save.stores:
-            tid = save.stores[0].array._file.journal._p_serial or tid
-        self.result = SaveResult(save.job.id, tid, save.bytes, save.segments, seconds)
+        self.result = SaveResult(save.job.id, save.tid(), save.bytes, save.segments, seconds)

@@ -16,7 +16,7 @@ from dask_zbig import database
 from dask_zbig.array.indexing import is_basic, locate
 from dask_zbig.array.zbigarray import ZBigArray
 from dask_zbig.cluster.chunk import Origin, open_chunk
-from dask_zbig.errors import NotStoredError, UncommittedChangesError
+from dask_zbig.errors import ClosedError, IndexingError, NotStoredError, UncommittedChangesError
 from dask_zbig.memory._native import BLOCK
 from dask_zbig.transaction import open_file
 
@@ -67,30 +67,52 @@ class ArraySource:
         if not is_basic(index):
             return self._fancy(index if isinstance(index, tuple) else (index,))
         where = locate(index, self.shape, self.dtype.itemsize, self.order)
-        descr = np.lib.format.dtype_to_descr(self.dtype)
-        return open_chunk(self.origin, where.position, where.shape, where.strides, descr)
+        return open_chunk(self.origin, where.position, where.shape, where.strides, self.dtype)
 
     def _fancy(self, index: tuple[Any, ...]) -> Any:
         """Arrays among the indices (Dask fuses them in): read the box that they lie in, index that."""
         box: list[Any] = []
         inner: list[Any] = []
         axis = 0
-        for part in index:
-            if part is None or part is Ellipsis or is_basic(part):
-                box.append(part)
-                if not hasattr(part, "__index__"):
-                    inner.append(slice(None))
-                axis += part is not None
+        for part in self._spread(index):
+            if part is None:
+                box.append(None)
+                inner.append(slice(None))
                 continue
-            where = np.asarray(part)
-            if where.dtype == bool:
-                where = np.flatnonzero(where)
-            where = np.where(where < 0, where + self.shape[axis], where)
-            low = int(where.min()) if where.size else 0
-            box.append(slice(low, int(where.max()) + 1 if where.size else 0))
-            inner.append(where - low)
+            n = self.shape[axis]
+            if isinstance(part, slice):
+                box.append(part)
+                inner.append(slice(None))
+            else:
+                where = _positions(part, n, axis)
+                low = int(where.min()) if where.size else 0
+                box.append(slice(low, int(where.max()) + 1 if where.size else 0))
+                inner.append(where - low)
             axis += 1
         return np.asarray(self[tuple(box)])[tuple(inner)]
+
+    def _spread(self, index: tuple[Any, ...]) -> list[Any]:
+        """The index with full slices in place of an Ellipsis."""
+        parts = list(index)
+        dots = [i for i, part in enumerate(parts) if part is Ellipsis]
+        missing = self.ndim - sum(1 for part in parts if part is not None and part is not Ellipsis)
+        at = dots[0] if dots else len(parts)
+        parts[at : at + len(dots)] = [slice(None)] * missing
+        return parts
+
+
+def _positions(part: Any, n: int, axis: int) -> Any:
+    """An array, a list or an integer among the indices as non-negative positions on an axis of length `n`."""
+    where = np.asarray(part)
+    if where.dtype == bool:
+        if where.shape != (n,):
+            raise IndexingError(f"a mask of shape {where.shape} does not fit axis {axis} with size {n}")
+        return np.flatnonzero(where)
+    if where.size == 0:
+        return where.astype(np.intp)
+    if where.min() < -n or where.max() >= n:
+        raise IndexingError(f"an index is out of bounds for axis {axis} with size {n}")
+    return np.where(where < 0, where + n, where)
 
 
 def from_zbigarray(array: ZBigArray, chunks: Any = "auto", *, name: str | None = None) -> da.Array:
@@ -108,7 +130,8 @@ def from_zbigarray(array: ZBigArray, chunks: Any = "auto", *, name: str | None =
         As in `dask.array.from_array`. "auto" cuts along the major axis, to at most ``array.chunk-size`` of
         Dask's configuration, at multiples of 2 MiB where that is possible.
     name : str, optional
-        The prefix and token of the keys. By default it is the same for the same snapshot and chunks.
+        The prefix and token of the keys. By default it is the same for the same snapshot and chunks. (Dask's
+        array expressions choose names themselves.)
 
     Returns
     -------
@@ -120,6 +143,8 @@ def from_zbigarray(array: ZBigArray, chunks: Any = "auto", *, name: str | None =
         If the array was never committed.
     UncommittedChangesError
         If it has uncommitted changes, which no other process could see.
+    ClosedError
+        If its connection or database is closed.
 
     Notes
     -----
@@ -150,6 +175,8 @@ def origin_of(array: ZBigArray) -> Origin:
     if not isinstance(array, ZBigArray):
         raise TypeError(f"expected a ZBigArray, not {type(array).__name__}")
     connection = array._p_jar
+    if connection is not None and connection.opened is None:
+        raise ClosedError(f"the connection of a ZBigArray is closed: {connection!r}")
     if connection is None or array._p_oid is None or _is_new(array):
         raise NotStoredError(f"{array!r} was never committed: store it in a database and commit first")
     opened = open_file(array._file, array, connection)

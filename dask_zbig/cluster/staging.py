@@ -30,7 +30,7 @@ from dask_zbig.errors import PublishError, UncommittedChangesError
 from dask_zbig.storage.format import VERSION, unpack_state
 from dask_zbig.storage.segment import InlineSegment, SegmentRef
 
-__all__ = ["Job", "StagedSegment", "begin_job", "collect", "commit_entry", "end_job"]
+__all__ = ["Job", "StagedSegment", "begin_job", "collect", "commit_entry", "end_job", "hold_job"]
 
 ROOT_KEY = "dask_zbig.staging"
 #: Retries of a small commit that conflicts with others on the staging area itself.
@@ -66,11 +66,12 @@ class StagingSlot(Persistent):  # type: ignore[misc]
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A job, as tasks know it."""
+    """A job, as tasks know it. `serial`: the transaction that made it."""
 
     location: Location
     id: str
     oid: bytes
+    serial: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +118,30 @@ def begin_job(location: Location, connection: Any) -> Job:
             except ConflictError:
                 _pause(attempt)
                 continue
-            return Job(location, name, job._p_oid)
+            return Job(location, name, job._p_oid, job._p_serial)
     raise PublishError(f"no staging job could be made in {location.alias}: too many conflicts")
+
+
+def hold_job(job: Job, connection: Any) -> None:
+    """Let the connection's transaction fail if the job is removed before it commits.
+
+    What was staged is safe from a pack while the job is there, and once an array refers to it; there must be
+    no time between.
+
+    Raises
+    ------
+    PublishError
+        If the job has been removed already.
+    """
+    with writing(job.location) as own:
+        if job.id not in own.root().get(ROOT_KEY, {}):
+            raise PublishError(
+                f"staging job {job.id} is gone from {job.location.alias}: it was given up, or its lease ran out "
+                f"(zbig.lease-seconds); what it staged may have been packed away"
+            )
+    ghost = connection._reader.load_persistent(job.oid, StagingJob)
+    ghost._p_serial = job.serial
+    connection.readCurrent(ghost)
 
 
 def end_job(job: Job) -> None:
@@ -146,7 +169,9 @@ def _remove(location: Location, names: Sequence[str]) -> None:
             if jobs is None:
                 return
             for name in names:
-                jobs.pop(name, None)
+                job = jobs.pop(name, None)
+                if job is not None:
+                    job.lease = 0.0  # a change of the job itself: see `hold_job`
             try:
                 own.transaction_manager.commit()
                 return
@@ -161,29 +186,43 @@ def _pause(attempt: int) -> None:
 
 # -- in workers
 
-_slots: dict[tuple[int, str], bytes] = {}
-_locks: dict[tuple[int, str], threading.Lock] = {}
+
+@dataclass(slots=True)
+class _Own:
+    """This process's slot in a job. Its tasks commit to it one after the other."""
+
+    lock: threading.Lock
+    oid: bytes | None = None
+
+
+#: Jobs of which a process remembers its slot.
+REMEMBERED = 256
+_own: dict[tuple[int, str], _Own] = {}
 _guard = threading.Lock()
 
 
-def _slot_lock(job: Job) -> threading.Lock:
-    """The tasks of one process commit to their slot one after the other."""
+def _own_slot(job: Job) -> _Own:
     with _guard:
-        return _locks.setdefault((os.getpid(), job.id), threading.Lock())
+        own = _own.setdefault((os.getpid(), job.id), _Own(threading.Lock()))
+        for key in list(_own)[: len(_own) - REMEMBERED]:
+            if not _own[key].lock.locked():
+                del _own[key]
+        return own
 
 
-def _slot(job: Job) -> bytes:
-    """The oid of this process's slot, which may have to be made."""
-    key = (os.getpid(), job.id)
-    for attempt in range(TRIES if key not in _slots else 0):
+def _make_slot(job: Job) -> bytes:
+    """Make a slot for this process; returns its oid."""
+    synced = False
+    for attempt in range(TRIES):
         with writing(job.location) as own:
             jobs = own.root().get(ROOT_KEY, {})
             if job.id not in jobs:
-                if attempt > 0:
+                if synced:
                     raise PublishError(
                         f"staging job {job.id} is gone from {job.location.alias}: it was given up, or its lease ran out"
                     )
                 database.sync(own.db())  # our client may not have heard of the job yet
+                synced = True
                 continue
             slot = StagingSlot()
             jobs[job.id].slots[f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}"] = slot
@@ -192,11 +231,8 @@ def _slot(job: Job) -> bytes:
             except ConflictError:
                 _pause(attempt)
                 continue
-            _slots[key] = slot._p_oid
-            break
-    if key not in _slots:
-        raise PublishError(f"no slot could be made in staging job {job.id}: too many conflicts")
-    return _slots[key]
+            return bytes(slot._p_oid)
+    raise PublishError(f"no slot could be made in staging job {job.id}: too many conflicts")
 
 
 def commit_entry(job: Job, make: Callable[[Any], list[SegmentRef]]) -> list[StagedSegment]:
@@ -212,10 +248,12 @@ def commit_entry(job: Job, make: Callable[[Any], list[SegmentRef]]) -> list[Stag
     PublishError
         If the job is gone.
     """
-    with _slot_lock(job):  # the tasks of a process share a slot
-        oid = _slot(job)
+    mine = _own_slot(job)
+    with mine.lock:
+        if mine.oid is None:
+            mine.oid = _make_slot(job)
         with writing(job.location) as own:
-            slot = own.get(oid)
+            slot = own.get(mine.oid)
             refs = make(own)
             slot.entries[uuid.uuid4().hex] = tuple(r.obj for r in refs)
             own.transaction_manager.get().note(f"dask_zbig: stage for job {job.id}")

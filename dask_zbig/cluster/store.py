@@ -11,29 +11,35 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dask_zbig import database
 from dask_zbig.cluster.staging import Job, StagedSegment, commit_entry
-from dask_zbig.cluster.worker import writing
+from dask_zbig.cluster.worker import blob_directory
 from dask_zbig.config import get
-from dask_zbig.errors import ScratchError
-from dask_zbig.flush import add_blobs, seal, store_inline
+from dask_zbig.errors import DTypeError, ScratchError, ShapeError
 from dask_zbig.memory._native import BLOCK, PAGE
+from dask_zbig.segmentwriter import add_blobs, seal, store_inline
 from dask_zbig.storage import extents as ex
 from dask_zbig.storage.segment import FileSource, SegmentRef
 
-__all__ = ["Manifest", "Place", "runs_of", "stage"]
+__all__ = ["Manifest", "Place", "runs_of", "stage", "stage_block"]
 
 INLINE_PIECE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a chunk goes: strided bytes of an array's file."""
+    """Where a chunk goes: strided bytes of the file of the array number `target`."""
 
     target: int
     position: int
+    shape: tuple[int, ...]
     strides: tuple[int, ...]
-    dtype: Any
+    dtype: np.dtype[Any]
+
+    def part(self, slices: Sequence[slice]) -> Place:
+        """The place of a part of it."""
+        position = self.position + sum(i.start * s for i, s in zip(slices, self.strides, strict=True))
+        shape = tuple(i.stop - i.start for i in slices)
+        return Place(self.target, position, shape, self.strides, self.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,31 +82,47 @@ def runs_of(
     return starts, size, axes, flipped
 
 
+def stage_block(block: Any, slices: Sequence[slice], whole: Place, job: Job) -> npt.NDArray[Any]:
+    """A task's work: `stage` what `slices` cut out of `whole`. For `map_blocks`, an array with the manifest."""
+    out = np.empty((1,) * len(slices), object)
+    out[(0,) * len(slices)] = stage(block, whole.part(slices), job)
+    return out
+
+
 def stage(block: Any, place: Place, job: Job) -> Manifest:
     """Store `block`, in this process's own transaction, so that nothing but `job` refers to it. Runs in a task.
 
     Raises
     ------
+    ShapeError, DTypeError
+        If `block` is not what its Dask array said it would be.
     ScratchError
         If the disk is full.
     DatabaseUnavailableError, PublishError
         If this process cannot get at the database, or the job is gone.
     """
     data = np.asarray(block)
-    dtype = np.lib.format.descr_to_dtype(place.dtype)
-    if data.dtype != dtype:
-        data = data.astype(dtype)
+    if data.shape != place.shape:
+        raise ShapeError(
+            f"a task computed a block of shape {data.shape} where its Dask array says {place.shape}: "
+            f"tell map_blocks the right chunks"
+        )
+    if data.dtype != place.dtype:
+        if not np.can_cast(data.dtype, place.dtype, "same_kind"):
+            raise DTypeError(
+                f"a task computed a block of {data.dtype}, which is not castable to {place.dtype} by "
+                f"'same_kind': tell map_blocks the right dtype, or use astype"
+            )
+        data = data.astype(place.dtype)
     if data.size == 0:
         return Manifest(place.target, b"", ())
-    starts, size, axes, flipped = runs_of(data.shape, place.position, place.strides, dtype.itemsize)
+    starts, size, axes, flipped = runs_of(data.shape, place.position, place.strides, place.dtype.itemsize)
     data = np.flip(data, flipped) if flipped else data
     flat = np.ascontiguousarray(data.transpose(axes)).reshape(-1).view(np.uint8)
-    with writing(job.location) as probe:
-        blobs = database.has_blobs(probe)
-        directory = get("scratch-directory") or (probe._normal_storage.temporaryDirectory() if blobs else "")
-    if not blobs or len(flat) <= get("inline-limit"):
+    directory = blob_directory(job.location)
+    if directory is None or len(flat) <= get("inline-limit"):
         return _stage_inline(flat, starts, size, place, job)
-    return _stage_blob(flat, starts, size, place, job, str(directory))
+    return _stage_blob(flat, starts, size, place, job, directory)
 
 
 def _stage_inline(
@@ -157,7 +179,7 @@ def _write(path: str, flat: npt.NDArray[np.uint8], pad: int) -> None:
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         at = 0
-        with memoryview(flat) as view:
+        with memoryview(flat.data) as view:
             while at < len(flat):
                 stop = min(len(flat), at + BLOCK - (pad + at) % BLOCK)
                 at += os.pwrite(fd, view[at:stop], pad + at)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
@@ -61,6 +62,7 @@ class _Pool:
 
 
 _pool = _Pool()
+_directories: weakref.WeakKeyDictionary[Any, str | None] = weakref.WeakKeyDictionary()
 
 
 @contextlib.contextmanager
@@ -104,7 +106,10 @@ def writing(location: Location) -> Iterator[Any]:
 
 def blob_directory(location: Location) -> str | None:
     """Where this process can make files that are to become blobs; None if the database has no blobs."""
-    with writing(location) as connection:
-        if not database.has_blobs(connection):
-            return None
-        return get("scratch-directory") or str(connection._normal_storage.temporaryDirectory())
+    db = database.database(location)
+    if db not in _directories:
+        with writing(location) as connection:
+            own = connection._normal_storage.temporaryDirectory() if database.has_blobs(connection) else None
+            _directories[db] = own
+    own = _directories[db]
+    return own and (get("scratch-directory") or str(own))

@@ -38,6 +38,7 @@ def _time_limit():
 @pytest.fixture(autouse=True)
 def _nothing_left_behind(tmp_path_factory, monkeypatch):
     """Give the test a temporary directory for sockets and caches, and check that it is empty afterwards."""
+    tmp_path_factory.getbasetemp()  # where it would be without us, not in the directory that must stay empty
     with tempfile.TemporaryDirectory(prefix="t", dir="/tmp") as directory:
         monkeypatch.setenv("TMPDIR", directory)
         monkeypatch.setattr(tempfile, "tempdir", directory)

@@ -1,0 +1,233 @@
+"""Making segments out of changes: which become blobs as they are, which are packed together, which go inline."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from ZODB.blob import Blob
+
+from dask_zbig.errors import ScratchError
+from dask_zbig.memory._native import PAGE
+from dask_zbig.memory.plan import Source
+from dask_zbig.openfile import OpenFile
+from dask_zbig.storage import extents as ex
+from dask_zbig.storage.segment import BytesSource, FileSource, InlineSegment, SegmentRef, checksum
+
+__all__ = ["Changes", "Packer", "SegmentWriter", "Target", "add_blobs", "pieces", "seal", "store_files", "store_inline"]
+
+INLINE_PIECE = 1 << 20
+PACKED_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where segments go."""
+
+    connection: Any
+    blobs: bool
+    scratch: str
+    inline_limit: int
+
+
+@dataclass
+class Changes:
+    """What a transaction changed: extents into one list of sources."""
+
+    extents: npt.NDArray[np.void]
+    sources: list[Source] = field(default_factory=list)
+    refs: list[SegmentRef | None] = field(default_factory=list)
+    loose: list[bool] = field(default_factory=list)  # dirty pages, of which not every byte was changed
+
+
+class SegmentWriter:
+    """Makes segments for one file's changes."""
+
+    def __init__(self, file: OpenFile, target: Target) -> None:
+        self.file = file
+        self.target = target
+        self.refs: list[SegmentRef] = []
+        self.rows: list[tuple[int, int, int, int]] = []
+
+    def store(self, changes: Changes) -> tuple[npt.NDArray[np.void], list[SegmentRef]]:
+        extents, sources = changes.extents, changes.sources
+        staged = np.array([r is not None for r in changes.refs], bool)[extents["segment"]]
+        self._keep(extents[staged], changes.refs)
+        rest = extents[~staged]
+        if not self.target.blobs or ex.total(ex.covered(rest)) <= self.target.inline_limit:
+            self._inline(rest, sources)
+        else:
+            dense = self._dense(rest, sources)
+            self._whole(rest[np.isin(rest["segment"], dense)], sources)
+            self._packed(rest[~np.isin(rest["segment"], dense)], sources)
+        return ex.make(sorted(self.rows)), self.refs
+
+    def _keep(self, extents: npt.NDArray[np.void], refs: Sequence[SegmentRef | None]) -> None:
+        """What is in segments already."""
+        index: dict[int, int] = {}
+        for start, stop, i, offset in extents.tolist():
+            if i not in index:
+                ref = refs[i]
+                assert ref is not None
+                index[i] = self._add(ref)
+            self.rows.append((start, stop, index[i], offset))
+
+    def _add(self, ref: SegmentRef) -> int:
+        self.refs.append(ref)
+        return len(self.refs) - 1
+
+    def _inline(self, extents: npt.NDArray[np.void], sources: Sequence[Source]) -> None:
+        """Bytes into objects, at most INLINE_PIECE each."""
+        batch: list[tuple[int, bytes]] = []
+        size = 0
+        for lo, data in pieces(extents, sources, INLINE_PIECE):
+            if size + len(data) > INLINE_PIECE:
+                self._put_inline(batch)
+                batch, size = [], 0
+            batch.append((lo, data))
+            size += len(data)
+        self._put_inline(batch)
+
+    def _put_inline(self, batch: list[tuple[int, bytes]]) -> None:
+        if not batch:
+            return
+        index = self._add(store_inline(self.file, self.target.connection, b"".join(data for _, data in batch)))
+        offset = 0
+        for lo, data in batch:
+            self.rows.append((lo, lo + len(data), index, offset))
+            offset += len(data)
+
+    @staticmethod
+    def _dense(extents: npt.NDArray[np.void], sources: Sequence[Source]) -> list[int]:
+        """The sources whose files are worth keeping whole: no more than half of them is unused."""
+        live = np.zeros(len(sources), np.int64)
+        np.add.at(live, extents["segment"], (extents["stop"] - extents["start"]).astype(np.int64))
+        return [i for i in ex.used(extents).tolist() if 2 * live[i] >= sources[i].length]
+
+    def _whole(self, extents: npt.NDArray[np.void], sources: Sequence[Source]) -> None:
+        """Scratch files become blobs as they are: no byte is copied."""
+        used = ex.used(extents).tolist()
+        files = [s for s in (sources[i] for i in used) if isinstance(s, FileSource)]
+        assert len(files) == len(used)
+        refs = store_files(self.file, self.target, files)
+        index = {i: self._add(ref) for i, ref in zip(used, refs, strict=True)}
+        self.rows += [(a, b, index[i], o) for a, b, i, o in extents.tolist()]
+
+    def _packed(self, extents: npt.NDArray[np.void], sources: Sequence[Source]) -> None:
+        """Scattered changes are copied together, each at its place within a page so that it can be mapped."""
+        packer = Packer(self.target.scratch)
+        rows: list[tuple[int, int, int, int]] = []
+        for lo, data in pieces(extents, sources, PACKED_BYTES):
+            number, offset = packer.add(lo, data)
+            rows.append((lo, lo + len(data), number, offset))
+        refs = store_files(self.file, self.target, packer.finish())
+        index = [self._add(ref) for ref in refs]
+        self.rows += [(a, b, index[n], o) for a, b, n, o in rows]
+
+
+def pieces(extents: npt.NDArray[np.void], sources: Sequence[Source], most: int) -> Iterator[tuple[int, bytes]]:
+    for start, stop, index, offset in extents.tolist():
+        for lo in range(start, stop, most):
+            yield lo, sources[index].read(offset + (lo - start), min(most, stop - lo))
+
+
+class Packer:
+    """Files of up to PACKED_BYTES in which pieces lie at the same offset modulo a page as in the array."""
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+        self._paths: list[str] = []
+        self._out: Any = None
+
+    def add(self, position: int, data: bytes) -> tuple[int, int]:
+        """Write a piece; returns the number of its file and the offset in it."""
+        try:
+            if self._out is None or self._out.tell() + len(data) > PACKED_BYTES + PAGE:
+                self._next()
+            offset = self._out.tell()
+            offset += (position - offset) % PAGE
+            self._out.seek(offset)
+            self._out.write(data)
+        except OSError as e:
+            raise ScratchError(e.errno, f"cannot write to {self._paths[-1]!r}: {e.strerror}") from e
+        return len(self._paths) - 1, offset
+
+    def _next(self) -> None:
+        if self._out is not None:
+            self._out.close()
+        self._paths.append(os.path.join(self._directory, f"zbig-packed-{os.getpid()}-{secrets.token_hex(8)}"))
+        fd = os.open(self._paths[-1], os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        self._out = os.fdopen(fd, "wb")
+
+    def finish(self) -> list[FileSource]:
+        """The files."""
+        if self._out is not None:
+            self._out.close()
+        return [FileSource(path) for path in self._paths]
+
+
+def store_inline(file: OpenFile | None, connection: Any, data: bytes) -> SegmentRef:
+    """A new inline segment."""
+    segment = InlineSegment(data)
+    connection.add(segment)
+    ref = SegmentRef(segment, len(data), checksum(data))
+    if file is not None:
+        file.local[ref.key] = BytesSource(data)
+    return ref
+
+
+def store_files(file: OpenFile | None, target: Target, files: Sequence[FileSource]) -> list[SegmentRef]:
+    """New blobs out of these files, which are moved. Durable before the transaction is."""
+    return add_blobs(file, target.connection, files, seal(files))
+
+
+def seal(files: Sequence[FileSource]) -> list[int]:
+    """Make files durable, and return their checksums."""
+    with ThreadPoolExecutor(1, "zbig-sync") as pool:
+        syncs = [pool.submit(_sync, source) for source in files]
+        sums = [_file_checksum(source) for source in files]  # while the disk is busy
+        for sync in syncs:
+            sync.result()
+    return sums
+
+
+def add_blobs(
+    file: OpenFile | None, connection: Any, files: Sequence[FileSource], sums: Sequence[int]
+) -> list[SegmentRef]:
+    """New blobs out of sealed files, which are moved."""
+    refs = []
+    for source, digest in zip(files, sums, strict=True):
+        ref = SegmentRef(_new_blob(connection, source.path), source.length, digest)
+        if file is not None:
+            file.local[ref.key] = source
+        refs.append(ref)
+    return refs
+
+
+def _new_blob(connection: Any, path: str) -> Blob:
+    blob = Blob()
+    connection.add(blob)  # before consumeFile, or that would move the file to the system's temporary directory
+    blob.consumeFile(path)
+    # In the middle of a commit (of an array that was not stored before) the connection has the blob on two
+    # lists now, as added and as changed, and would store it twice.
+    added = connection._added_during_commit
+    if added is not None and blob in added:
+        added.remove(blob)
+    return blob
+
+
+def _sync(source: FileSource) -> None:
+    try:
+        os.fsync(source.fileno())
+    except OSError as e:
+        raise ScratchError(e.errno, f"cannot sync {source.path!r}: {e.strerror}") from e
+
+
+def _file_checksum(source: FileSource) -> int:
+    return checksum(np.memmap(source.path, np.uint8, "r")) if source.length else checksum(b"")

@@ -1,0 +1,1284 @@
+"""Commit, abort, boundaries, conflicts, savepoints and closing: transactions never lie about array data."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+
+import dask.config
+import numpy as np
+import pytest
+import transaction
+import ZODB
+from ZODB.Connection import resetCaches
+from ZODB.POSException import ConflictError, ConnectionStateError, ReadConflictError, ReadOnlyError
+
+import dask_zbig as dz
+from dask_zbig.memory._native import counters
+from dask_zbig.storage.format import LEAF_BYTES
+
+MIB = 1 << 20
+SMALL, DEEP = MIB, LEAF_BYTES + MIB  # bytes: below one leaf, and with a node above the leaves
+sizes = pytest.mark.parametrize("size", [SMALL, DEEP], ids=["small", "deep"])
+
+
+def set_and_commit(client, A, **values):
+    """A[12] = 5 as _12=5."""
+    for key, value in values.items():
+        A[int(key[1:])] = value
+    client.commit()
+
+
+# -- what one commits the other sees, from its boundary on
+
+
+@sizes
+def test_isolation(clients, size):
+    clients.new(size, "u1")
+    one, A, two, B = clients.pair()
+    b = B[:]
+    where = [0, 4095, 4096, size // 2, size - 1]
+    assert not b[where].any()  # holes, when they were read first
+    A[where] = [1, 2, 3, 4, 5]
+    assert not b[where].any()
+    one.commit()
+    assert not b[where].any()
+    assert not B[:][where].any()
+    two.begin()
+    assert b[where].tolist() == B[:][where].tolist() == [1, 2, 3, 4, 5]
+    A[where] = 9
+    one.commit()
+    assert b[where].tolist() == [1, 2, 3, 4, 5]
+    two.begin()
+    assert b[where].tolist() == [9] * 5
+    assert b.sum() == 45
+
+
+@sizes
+def test_a_hole_that_was_never_read_is_of_the_same_snapshot(clients, size):
+    clients.new(size, "u1")
+    one, A, two, B = clients.pair()
+    b = B[:]
+    assert b[0] == 0
+    A[size - 1] = 5
+    A[1] = 6
+    one.commit()
+    assert b[size - 1] == b[1] == 0
+    two.begin()
+    assert (b[size - 1], b[1]) == (5, 6)
+
+
+def test_bytes_replaced_by_others(clients):
+    """A leaf with data in it gets other data, large enough to be blobs."""
+    clients.new(3 * MIB, "u1")
+    one, A, two, B = clients.pair()
+    A[:] = 1
+    one.commit()
+    two.begin()
+    b = B[:]
+    assert (b == 1).all()
+    for value in range(2, 5):
+        A[MIB : 2 * MIB] = value
+        one.commit()
+        assert (b[MIB : 2 * MIB] == value - 1).all()
+        two.begin()
+        assert (b[MIB : 2 * MIB] == value).all()
+        assert (b[:MIB] == 1).all()
+        assert (b[2 * MIB :] == 1).all()
+
+
+def test_shape_and_data_are_of_one_snapshot(clients):
+    clients.new(1000, "i4")
+    one, A, two, B = clients.pair()
+    b = B[:]
+    A.append([7] * 10)
+    one.root["other"] = 5
+    one.commit()
+    assert (B.shape, "other" in two.root) == ((1000,), False)
+    two.begin()
+    assert (B.shape, two.root["other"]) == ((1010,), 5)
+    assert B[1000:].tolist() == [7] * 10
+    A.resize(10)
+    one.commit()
+    assert B[1009] == 7
+    two.begin()
+    assert B.shape == (10,)
+    assert b.shape == (1000,)
+
+
+@sizes
+def test_abort(clients, size):
+    clients.new(size, "u1")
+    client = clients.connect()
+    A = client.root["A"]
+    a = A[:]
+    a[:10] = 1
+    client.commit()
+    a[5:20] = 2
+    a[size - 1] = 3
+    A.append([9] * 5)
+    client.abort()
+    assert A.shape == (size,)
+    assert a[:20].tolist() == [1] * 10 + [0] * 10
+    assert a[size - 1] == 0
+    client.commit()
+    assert not clients.connect(other=True).root["A"][10:].any()
+
+
+def test_a_commit_without_changes_stores_nothing(clients):
+    clients.new(10_000, "i4")
+    client = clients.connect()
+    a = client.root["A"][:]
+    a[:] = 1
+    client.commit()
+    last = clients.db.lastTransaction()
+    assert a.sum() == 10_000
+    client.commit()
+    a[:] = 1  # to what it is already
+    client.commit()
+    client.begin()
+    client.commit()
+    assert clients.db.lastTransaction() == last
+
+
+def test_begin_is_a_boundary_too(clients):
+    """What was written in a transaction that is begun anew is aborted, as it is for objects."""
+    clients.new(10, "i4")
+    client = clients.connect()
+    client.begin()
+    a = client.root["A"][:]
+    a[0] = 1
+    client.begin()
+    assert a[0] == 0
+
+
+def test_writes_between_transactions_belong_to_the_next(clients):
+    clients.new(10_000, "u1")
+    one, A, two, B = clients.pair()
+    a, b = A[:], B[:]
+    A[0] = 1
+    one.commit()
+    a[1] = 2  # no transaction has begun yet
+    two.begin()
+    set_and_commit(two, B, _2=3)
+    one.begin()
+    assert a[:4].tolist() == [1, 2, 3, 0]
+    one.commit()
+    two.begin()
+    assert b[:4].tolist() == [1, 2, 3, 0]
+
+
+def test_writes_between_transactions_conflict(clients):
+    clients.new(10_000, "u1")
+    one, A, two, B = clients.pair()
+    a, _ = A[:], B[:]
+    A[0] = 1
+    one.commit()
+    a[1] = 2
+    two.begin()
+    set_and_commit(two, B, _1=3)
+    one.begin()
+    with pytest.raises(ConflictError):
+        one.commit()
+    one.abort()
+    assert a[:2].tolist() == [1, 3]
+
+
+# -- conflicts
+
+
+@sizes
+@pytest.mark.parametrize("distance", [1, 4096, SMALL - 10])
+def test_different_bytes_merge(merging, size, distance):
+    merging.new(size, "u1")
+    one, A, two, B = merging.pair()
+    a, b = A[:], B[:]
+    a[5], b[5 + distance] = 1, 2
+    one.commit()
+    two.commit()
+    where = [5, 5 + distance]
+    one.begin()
+    two.begin()
+    assert a[where].tolist() == b[where].tolist() == [1, 2]
+    assert merging.connect().root["A"][:].sum() == 3
+    # once more, over what is there now
+    a[6], b[5] = 7, 8
+    two.commit()
+    one.commit()
+    one.begin()
+    two.begin()
+    assert a[5:7].tolist() == b[5:7].tolist() == [8, 7 if distance != 1 else 7]
+
+
+def test_who_commits_second_sees_the_merged_bytes(merging):
+    merging.new(100, "u1")
+    one, A, two, B = merging.pair()
+    b = B[:]
+    A[1], b[2] = 1, 2
+    one.commit()
+    two.commit()
+    two.begin()
+    assert b[:4].tolist() == [0, 1, 2, 0]
+    b[3] = 3
+    two.commit()
+    one.begin()
+    assert A[:4].tolist() == [0, 1, 2, 3]
+
+
+@sizes
+def test_same_byte_conflicts(clients, size):
+    clients.new(size, "u1")
+    clients.new(50, "i4", name="other")
+    one, A, two, B = clients.pair()
+    a, b, other = A[:], B[:], two.root["other"][:]
+    a[10:20] = 1
+    b[19:30] = 2
+    other[:] = 3
+    one.commit()
+    with pytest.raises(ConflictError):
+        two.commit()
+    two.abort()
+    assert b[:40].tolist() == a[:40].tolist() == [0] * 10 + [1] * 10 + [0] * 20
+    assert not other.any()
+    b[19:30] = 2  # and again, as one does
+    other[:] = 3
+    two.commit()
+    one.begin()
+    assert a[:40].tolist() == [0] * 10 + [1] * 9 + [2] * 11 + [0] * 10
+    assert one.root["other"][:].tolist() == [3] * 50
+
+
+def test_elements_conflict_as_a_whole(merging):
+    """Two writers that change different bytes of one element may not be mixed."""
+    merging.new(10, "i8")
+    one, A, two, B = merging.pair()
+    A[3], B[3] = 0xFF, 0xFF00
+    one.commit()
+    with pytest.raises(ConflictError):
+        two.commit()
+    two.abort()
+    assert B[3] == 0xFF
+
+
+def test_appends_conflict(clients):
+    clients.new(10, "i4")
+    one, A, two, B = clients.pair()
+    A.append([1])
+    B.append([2])
+    one.commit()
+    with pytest.raises(ConflictError):
+        two.commit()
+    two.abort()
+    assert B[:].tolist() == [0] * 10 + [1]
+    B.append([2])
+    two.commit()
+    one.begin()
+    assert A[:].tolist() == [0] * 10 + [1, 2]
+
+
+def test_append_and_write_merge(merging):
+    merging.new(10, "u1")
+    one, A, two, B = merging.pair()
+    A.append([1])
+    B[0] = 2
+    one.commit()
+    two.commit()
+    one.begin()
+    assert A[:].tolist() == [2] + [0] * 9 + [1]
+
+
+@pytest.mark.parametrize("size", [8000, DEEP])
+@pytest.mark.parametrize("hole", [True, False])
+def test_a_write_beyond_a_concurrent_shrink_conflicts(clients, size, hole):
+    clients.new(size, "u1")
+    one, A, two, B = clients.pair()
+    if not hole:
+        set_and_commit(one, A, **{f"_{size - 1}": 1, f"_{size - 20}": 1})
+        two.begin()
+    B[size - 10] = 7
+    A.resize(1000)
+    one.commit()
+    with pytest.raises(ConflictError):
+        two.commit()
+    two.abort()
+    assert B.shape == (1000,)
+
+
+@pytest.mark.parametrize("size", [8000, DEEP])
+@pytest.mark.parametrize("hole", [True, False])
+def test_shrinking_after_a_concurrent_write_leaves_nothing_behind(clients, size, hole):
+    """The array may not be shrunk, or the bytes are gone: growing again never brings them back."""
+    clients.new(size, "u1")
+    one, A, two, B = clients.pair()
+    if not hole:
+        set_and_commit(one, A, **{f"_{size - 1}": 1, f"_{size - 20}": 1})
+        two.begin()
+    B[size - 10] = 7
+    A.resize(1000)
+    two.commit()
+    try:
+        one.commit()
+    except ConflictError:
+        one.abort()
+        return
+    one.begin()
+    A.resize(size)
+    assert not A[1000:].any()
+    one.commit()
+    two.begin()
+    assert not B[1000:].any()
+
+
+def test_shrink_then_grow(clients):
+    clients.new(DEEP, "u1")
+    client = clients.connect()
+    A = client.root["A"]
+    A[500:] = 5
+    client.commit()
+    A.resize(1000)
+    client.commit()
+    A.resize(DEEP)
+    assert not A[1000:].any()
+    client.commit()
+    assert A[:].sum() == 5 * 500
+    assert clients.connect(other=True).root["A"][:].sum() == 5 * 500
+
+
+def test_shrink_and_grow_in_one_transaction(clients):
+    clients.new(DEEP, "u1")
+    client = clients.connect()
+    A = client.root["A"]
+    A[:] = 5
+    client.commit()
+    A.resize(1000)
+    A.resize(DEEP)
+    A[DEEP - 1] = 6
+    client.commit()
+    assert clients.connect(other=True).root["A"][:].sum(dtype="i8") == 5 * 1000 + 6
+
+
+# -- views
+
+
+def test_views_follow(clients):
+    clients.new(1000, "u1")
+    one, A, two, B = clients.pair()
+    old = B[:]
+    old[0] = 1
+    two.commit()
+    B.append([2] * 1000)
+    longer = B[:]
+    old[1] = 3
+    assert longer[1] == 3
+    two.abort()
+    assert (old[0], old[1], B.shape) == (1, 0, (1000,))
+    one.begin()
+    A.append([4] * (4 * MIB))
+    A[2] = 5
+    one.commit()
+    two.begin()
+    assert old[2] == 5
+    new = B[:]
+    assert new[-1] == 4
+    old[3] = 6
+    new[4] = 7
+    assert (new[3], old[4]) == (6, 7)
+    two.commit()
+    one.begin()
+    assert A[:6].tolist() == [1, 0, 5, 6, 7, 0]
+    A.resize(4)
+    one.commit()
+    two.begin()
+    assert B[:].tolist() == old[:4].tolist() == [1, 0, 5, 6]
+
+
+def test_views_that_outlive_their_array(local):
+    local.new(1000, "u1")
+    client = local.connect()
+    a = client.root["A"][:]
+    client.connection.cacheMinimize()
+    gc.collect()
+    a[5] = 1
+    client.commit()
+    assert local.connect().root["A"][5] == 1
+
+
+def test_cache_minimize(clients):
+    clients.new(DEEP, "u1")
+    one, A, two, B = clients.pair()
+    b = B[:]
+    assert b[10] == b[DEEP - 1] == 0
+    for k in range(3):
+        two.connection.cacheMinimize()
+        b[100 + k] = 1
+        two.connection.cacheMinimize()
+        assert b[100 + k] == 1
+        one.begin()
+        set_and_commit(one, A, _10=k + 1, **{f"_{DEEP - 1}": k + 1})
+        assert b[10] == b[DEEP - 1] == k
+        if clients.merges:
+            two.commit()
+        else:
+            two.abort()
+        two.connection.cacheMinimize()
+        two.begin()
+        assert b[10] == b[DEEP - 1] == k + 1
+        assert b[100 + k] == clients.merges
+
+
+def test_cache_gc(clients):
+    clients.new(DEEP, "u1")
+    one, A, two, B = clients.pair()
+    b = B[:]
+    assert b[10] == 0
+    two.connection._cache.cache_size = 0
+    two.connection.cacheGC()
+    set_and_commit(one, A, _10=1)
+    assert b[10] == 0
+    two.begin()
+    assert b[10] == 1
+
+
+def test_reset_caches(clients):
+    clients.new(1000, "u1")
+    one, A, two, B = clients.pair()
+    b = B[:]
+    assert b[0] == 0
+    resetCaches()
+    two.close()
+    set_and_commit(one, A, _0=1)
+    again = clients.connect()
+    C = again.root["A"]
+    assert C[0] == 1
+    C[1] = 2
+    again.commit()
+    one.begin()
+    assert A[:3].tolist() == [1, 2, 0]
+
+
+# -- savepoints
+
+
+@sizes
+def test_savepoints(clients, size):
+    clients.new(size, "u1")
+    client = clients.connect()
+    A = client.root["A"]
+    a = A[:]
+    a[0] = 1
+    first = client.savepoint()
+    a[0:2] = 2
+    a[size - 1] = 2
+    second = client.savepoint()
+    a[:] = 3
+    A.append([4] * 10)
+    third = client.savepoint()
+    A[-1] = 5
+    third.rollback()
+    assert (A.shape, A[-1], a[0]) == ((size + 10,), 4, 3)
+    second.rollback()
+    assert (A.shape, a[0], a[1], a[2], a[size - 1]) == ((size,), 2, 2, 0, 2)
+    a[2] = 6
+    second.rollback()
+    assert a[2] == 0
+    first.rollback()
+    assert (a[0], a[1], a[size - 1]) == (1, 0, 0)
+    a[3] = 7
+    client.commit()
+    assert a[:5].tolist() == [1, 0, 0, 7, 0]
+    assert clients.connect(other=True).root["A"][:].sum() == 8
+
+
+def test_savepoint_without_rollback(clients):
+    clients.new(1000, "u1")
+    client = clients.connect()
+    A = client.root["A"]
+    A[0] = 1
+    client.savepoint()
+    A[1] = 2
+    client.savepoint()
+    A.resize(10)
+    client.savepoint(), client.savepoint()
+    client.commit()
+    assert clients.connect(other=True).root["A"][:].tolist() == [1, 2, *[0] * 8]
+
+
+def test_savepoint_then_abort(clients):
+    clients.new(1000, "u1")
+    client = clients.connect()
+    A = client.root["A"]
+    a = A[:]
+    A[0] = 1
+    A.resize(2000)
+    client.savepoint()
+    A[1] = 2
+    client.abort()
+    assert A.shape == (1000,)
+    assert not a.any()
+    client.commit()
+    assert not clients.connect(other=True).root["A"][:].any()
+
+
+def test_savepoint_before_anything_was_written(clients):
+    clients.new(1000, "u1")
+    client = clients.connect()
+    A = client.root["A"]
+    a = A[:]
+    savepoint = client.savepoint()
+    a[0] = 1
+    A.append([1])
+    savepoint.rollback()
+    assert (a[0], A.shape) == (0, (1000,))
+    client.root["x"] = 1
+    savepoint = client.savepoint()
+    a[0] = 1
+    savepoint.rollback()
+    assert a[0] == 0
+
+
+def test_savepoint_of_a_new_array(clients):
+    client = clients.connect()
+    client.root["B"] = B = dz.ZBigArray(10, "u1")
+    b = B[:]
+    b[:] = 3
+    savepoint = client.savepoint()
+    b[0] = 4
+    savepoint.rollback()
+    assert b[:].tolist() == B[:].tolist() == [3] * 10
+    b[1] = 5
+    client.commit()
+    assert clients.connect(other=True).root["B"][:].tolist() == [3, 5, *[3] * 8]
+
+
+def test_savepoint_of_a_shrunk_array(clients):
+    clients.new(DEEP, "u1")
+    client = clients.connect()
+    A = client.root["A"]
+    A[:] = 1
+    client.commit()
+    savepoint = client.savepoint()
+    A.resize(100)
+    savepoint.rollback()
+    assert A.shape == (DEEP,)
+    assert A[:].sum(dtype="i8") == DEEP
+    client.commit()
+    assert clients.connect(other=True).root["A"][:].sum(dtype="i8") == DEEP
+
+
+# -- connections
+
+
+def test_close_refuses(clients):
+    clients.new(1000, "u1")
+    client = clients.connect()
+    a = client.root["A"][:]
+    a[0] = 1
+    with pytest.raises(ConnectionStateError):
+        client.connection.close()
+    client.commit()
+    a[1] = 2  # outside of any transaction
+    with pytest.raises(ConnectionStateError, match="ZBigArray"):
+        client.connection.close()
+    client.abort()
+    assert a[:2].tolist() == [1, 0]
+    client.connection.close()
+
+
+def test_a_reopened_connection_shows_nothing_of_its_last_user(clients):
+    clients.new(1000, "u1")
+    one = clients.connect()
+    connection, A = one.connection, one.root["A"]
+    a = A[:]
+    a[0] = 1
+    one.commit()
+    a[1] = 2
+    one.abort()
+    one.close()
+    writer = clients.connect()  # the pool may give it out again
+    set_and_commit(writer, writer.root["A"], _2=3)
+    two = clients.connect()
+    assert connection in (writer.connection, two.connection)
+    b = two.root["A"][:]
+    assert b[:4].tolist() == [1, 0, 3, 0]
+    assert a[:2].tolist() == [1, 0]  # what is mapped stays readable
+    until_raised(dz.ClosedError, lambda: a.__setitem__(3, 4))
+    assert b[:4].tolist() == [1, 0, 3, 0]
+    two.commit()
+    assert clients.connect(other=True).root["A"][:4].tolist() == [1, 0, 3, 0]
+
+
+def until_raised(error, action, seconds=30.0):
+    """An error of a fault comes at the next call or loop edge, not at once."""
+    deadline = time.monotonic() + seconds
+    with pytest.raises(error):
+        while time.monotonic() < deadline:
+            action()
+            for _ in range(1000):
+                pass
+
+
+def test_a_closed_connection_cannot_be_used(clients):
+    clients.new(1000, "u1")
+    client = clients.connect()
+    A = client.root["A"]
+    assert A[0] == 0
+    client.close()
+    for use in (lambda: A[0], lambda: A.__setitem__(0, 1), lambda: A.append([1]), lambda: A.prefetch()):
+        with pytest.raises(dz.ClosedError):
+            use()
+
+
+def test_a_connection_in_another_thread(clients):
+    clients.new(1000, "u1")
+    client = clients.connect()
+    set_and_commit(client, client.root["A"], _0=1)
+    client.close()
+
+    def use():
+        with clients.db.transaction() as connection:
+            A = connection.root()["A"]
+            got.append(int(A[0]))
+            A[1] = 2
+
+    got = []
+    thread = threading.Thread(target=use)
+    thread.start()
+    thread.join(60)
+    assert got == [1]
+    assert clients.connect().root["A"][:3].tolist() == [1, 2, 0]
+
+
+@pytest.mark.parametrize("clients", ["filestorage", "blobless", "zeo", "zeo-cache"], indirect=True)
+def test_historical_connections(clients):
+    clients.new(DEEP, "u1")
+    client = clients.connect()
+    A = client.root["A"]
+    tids = []
+    for k in range(1, 4):
+        A[0], A[DEEP - 1] = k, k
+        client.commit()
+        tids.append(client.connection.db().lastTransaction())
+    for k, tid in enumerate(tids, 1):
+        manager = transaction.TransactionManager()
+        old = clients.db.open(manager, at=tid)
+        O = old.root()["A"]  # noqa: E741
+        o = O[:]
+        assert (o[0], o[DEEP - 1], O[0]) == (k, k, k)
+        set_and_commit(client, A, _0=10 + k)
+        manager.begin()
+        assert (o[0], O[0]) == (k, k)
+        assert not o.flags.writeable
+        with pytest.raises(ValueError, match="read-only"):
+            o[0] = 1
+        with pytest.raises((ValueError, ReadOnlyError)):
+            O[0] = 1
+        O.resize(5)
+        with pytest.raises(ReadOnlyError):
+            manager.commit()
+        manager.abort()
+        assert O.shape == (DEEP,)
+        old.close()
+
+
+def test_a_read_only_storage(tmp_path):
+    path = str(tmp_path / "x.fs")
+    db = dz.open(path)
+    with db.transaction() as connection:
+        connection.root()["A"] = A = dz.ZBigArray(100_000, "u1")
+        A[:] = 1
+    db.close()
+    db = dz.open(f"file://{path}?read_only=1&blobstorage_dir={path}.blobs")
+    manager = transaction.TransactionManager()
+    connection = db.open(manager)
+    a = connection.root()["A"][:]
+    assert a.sum() == 100_000
+    with pytest.raises(ValueError, match="read-only"):
+        a[0] = 2
+    manager.abort()
+    connection.close()
+    db.close()
+
+
+def test_undo(local):
+    local.new(100_000, "u1")
+    client = local.connect()
+    A = client.root["A"]
+    a = A[:]
+    a[:] = 1
+    client.commit()
+    a[10] = 2
+    client.commit()
+    undoer = local.connect()
+    local.db.undo(local.db.undoInfo(0, 1)[0]["id"], undoer.tm.get())
+    undoer.commit()
+    assert a[10] == 2
+    client.begin()
+    assert a[10] == 1
+    assert a.sum() == 100_000
+
+
+def test_pack(local):
+    local.new(DEEP, "u1")
+    client = local.connect()
+    A = client.root["A"]
+    a = A[:]
+    for k in range(20):
+        a[k * 100_000 : k * 100_000 + 90_000] = k + 1
+        a[5] = k
+        client.commit()
+    expected = a.copy()
+    local.db.pack()
+    client.connection.cacheMinimize()
+    np.testing.assert_array_equal(a, expected)
+    np.testing.assert_array_equal(local.connect().root["A"][:], expected)
+
+
+# -- another process
+
+READER = """
+import hashlib, json, sys
+import dask_zbig as dz
+db = dz.open(sys.argv[1])
+conn = db.open()
+out = {}
+for name in sys.argv[2:]:
+    A = conn.root()[name]
+    out[name] = [list(A.shape), str(A.dtype), A.order, hashlib.sha256(A[...].tobytes("A")).hexdigest()]
+conn.close(); db.close()
+print(json.dumps(out))
+"""
+
+
+def read_elsewhere(uri, *names):
+    done = subprocess.run(
+        [sys.executable, "-c", READER, uri, *names], stdout=subprocess.PIPE, timeout=100, check=True, text=True
+    )
+    return json.loads(done.stdout)
+
+
+def digest(array):
+    import hashlib
+
+    return hashlib.sha256(array.tobytes("A")).hexdigest()
+
+
+def test_in_another_process(tmp_path):
+    path = str(tmp_path / "x.fs")
+    rng = np.random.default_rng(0)
+    db = dz.open(path)
+    manager = transaction.TransactionManager()
+    connection = db.open(manager)
+    root = connection.root()
+    root["big"], root["small"] = dz.ZBigArray((3000, 3000), "f8"), dz.ZBigArray((30, 40), ">i2", "F")
+    root["big"][...] = rng.random((3000, 3000))
+    root["small"][3:20, ::2] = 7
+    manager.commit()
+    root["big"][100:200, 5] = 1
+    root["big"].append(rng.random((7, 3000)))
+    root["small"][5] = -3
+    manager.commit()
+    expected = {
+        name: [list(root[name].shape), str(root[name].dtype), root[name].order, digest(root[name][...])]
+        for name in ("big", "small")
+    }
+    connection.close()
+    db.close()
+    assert read_elsewhere(path, "big", "small") == expected
+
+
+def test_in_another_process_over_zeo(zeo_server):
+    db = dz.open(zeo_server)
+    with db.transaction() as connection:
+        connection.root()["P"] = A = dz.ZBigArray(3_000_000, "u1")
+        A[:] = np.arange(3_000_000) % 251
+        expected = digest(A[:])
+    assert read_elsewhere(zeo_server, "P")["P"][3] == expected
+    with db.transaction() as connection:
+        del connection.root()["P"]
+    db.close()
+
+
+# -- costs
+
+
+def grown(path, action):
+    """Bytes by which a FileStorage and its blobs grow."""
+
+    def total():
+        size = os.path.getsize(path)
+        for directory, _, names in os.walk(path + ".blobs"):
+            size += sum(os.path.getsize(os.path.join(directory, n)) for n in names)
+        return size
+
+    before = total()
+    action()
+    return total() - before
+
+
+@pytest.mark.parametrize("written", [0, 128 * MIB, pytest.param(1 << 30, marks=pytest.mark.slow)])
+def test_a_small_append_grows_the_database_little(local, tmp_path, written):
+    local.new((1 << 20, 1 << 10), "u1")
+    client = local.connect()
+    A = client.root["A"]
+    for lo in range(0, written, 64 * MIB):
+        A[lo >> 10 : (lo + 64 * MIB) >> 10] = 3
+        client.commit()
+    row = np.full((1, 1024), 7, "u1")
+    growth = []
+    for _ in range(20):
+
+        def append():
+            A.append(row)
+            client.commit()
+
+        growth.append(grown(str(tmp_path / "x.fs"), append))
+    assert A.shape[0] == (1 << 20) + 20
+    assert (A[-20:] == 7).all()
+    # the 16th may compact: the bytes of 16 appends once more
+    assert sorted(growth)[-2] < 4096
+    assert max(growth) < 20 * 1024
+    assert sum(growth) / len(growth) < 4096
+
+
+def test_a_terabyte_sparse_array(local, tmp_path):
+    def create():
+        local.new((1 << 20, 1 << 20), "u1")
+
+    assert grown(str(tmp_path / "x.fs"), create) < 1 << 16
+    client = local.connect()
+    A = client.root["A"]
+    mappings = counters()["mappings"]
+    a = A[:]
+    assert a.shape == (1 << 20, 1 << 20)
+    assert counters()["mappings"] - mappings < 20
+    objects = len(client.connection._cache)
+    assert objects < 1000
+    a[700_000, 5] = 1
+
+    assert grown(str(tmp_path / "x.fs"), client.commit) < 1 << 14
+    assert len(client.connection._cache) < objects + 10
+    assert counters()["mappings"] - mappings < 40
+    assert (a[700_000, 4], a[700_000, 5], a[-1, -1], a[0, 0]) == (0, 1, 0, 0)
+    other = local.connect()
+    B = other.root["A"]
+    assert B[700_000, 4:7].tolist() == [0, 1, 0]
+    B[-1, -1] = 2
+    other.commit()
+    client.begin()
+    assert a[-1, -1] == 2
+    assert len(other.connection._cache) < 1000
+
+
+def leaf_of(A, index=0):
+    ((_, leaf),) = [(i, x) for i, x in A._file.leaves(0, 1 << 62) if i == index]
+    leaf._p_activate()
+    return leaf
+
+
+@pytest.mark.parametrize("clients", ["filestorage", "blobless", "mapping"], indirect=True)
+def test_many_small_appends(clients):
+    clients.new((0, 25), "i4")
+    client = clients.connect()
+    A = client.root["A"]
+    rng = np.random.default_rng(0)
+    expected = rng.integers(0, 1 << 30, (2000, 25), "i4")
+    view = None
+    for k in range(len(expected)):
+        A.append(expected[k : k + 1])
+        client.commit()
+        if k % 97 == 0:
+            view = A[...]
+            np.testing.assert_array_equal(view, expected[: k + 1])
+    leaf = leaf_of(A)
+    assert len(leaf.refs) < 100
+    assert len(leaf.extents) < 100
+    other = clients.connect(other=True)
+    np.testing.assert_array_equal(other.root["A"][...], expected)
+    np.testing.assert_array_equal(view, expected[: len(view)])
+
+
+def test_many_scattered_writes(local):
+    local.new(4 * MIB, "u1")
+    client = local.connect()
+    A = client.root["A"]
+    rng = random.Random(0)
+    expected = np.zeros(4 * MIB, "u1")
+    for _ in range(1000):
+        at, value = rng.randrange(4 * MIB), rng.randrange(256)
+        A[at] = expected[at] = value
+        client.commit()
+    np.testing.assert_array_equal(A[:], expected)
+    assert len(leaf_of(A).refs) < 100
+    np.testing.assert_array_equal(local.connect().root["A"][:], expected)
+
+
+def test_one_commit_of_many_scattered_changes(clients):
+    clients.new(4 * MIB, "u1")
+    client = clients.connect()
+    A = client.root["A"]
+    expected = np.random.default_rng(0).integers(0, 256, 4 * MIB, "u1")
+    A[:] = expected
+    client.commit()
+    A[::5000] = expected[::5000] = 7
+    client.commit()
+    A[::3] = expected[::3] = 9
+    client.commit()
+    np.testing.assert_array_equal(A[:], expected)
+    np.testing.assert_array_equal(clients.connect(other=True).root["A"][:], expected)
+
+
+# -- commits that fail
+
+
+class Saboteur:
+    """A second data manager, which fails at one step of a commit, after all others have taken it."""
+
+    def __init__(self, step):
+        self.step = step
+        self.transaction_manager = None
+
+    def sortKey(self):
+        return "~~~~"
+
+    def __getattr__(self, name):
+        def method(*args):
+            if name == self.step:
+                raise RuntimeError(f"sabotage in {name}")
+
+        if name in ("abort", "tpc_begin", "commit", "tpc_vote", "tpc_finish", "tpc_abort"):
+            return method
+        raise AttributeError(name)
+
+
+@pytest.mark.parametrize("step", ["tpc_begin", "commit", "tpc_vote"])
+@pytest.mark.parametrize("size", [1000, 3 * MIB, DEEP])
+def test_a_commit_that_fails(clients, step, size):
+    clients.new(size, "u1")
+    client = clients.connect()
+    A = client.root["A"]
+    a = A[:]
+    a[:] = 1
+    client.commit()
+    last = clients.db.lastTransaction()
+    a[5 : size // 2] = 2
+    A.append([4] * 10)
+    new = client.root["B"] = dz.ZBigArray(size, "u1")
+    new[:] = 6
+    client.tm.get().join(Saboteur(step))
+    with pytest.raises(RuntimeError, match="sabotage"):
+        client.commit()
+    client.abort()
+    assert A.shape == (size,)
+    assert (a == 1).all()
+    assert "B" not in client.root
+    assert clients.scratch() == []
+    assert clients.db.lastTransaction() == last
+    a[6] = 3
+    client.commit()
+    assert clients.scratch() == []
+    assert clients.connect(other=True).root["A"][:].sum(dtype="i8") == size + 2
+
+
+@pytest.mark.parametrize("step", ["tpc_begin", "tpc_vote"])
+def test_the_first_commit_fails(clients, step):
+    client = clients.connect()
+    client.root["B"] = B = dz.ZBigArray(MIB, "u1")
+    b = B[:]
+    b[:] = 6
+    client.tm.get().join(Saboteur(step))
+    with pytest.raises(RuntimeError, match="sabotage"):
+        client.commit()
+    client.abort()
+    assert clients.scratch() == []
+    client.root["B"] = B = dz.ZBigArray(MIB, "u1")
+    B[:] = 7
+    client.commit()
+    assert (clients.connect(other=True).root["B"][:] == 7).all()
+
+
+def test_a_commit_that_is_not_aborted_is_refused_again(clients):
+    clients.new(1000, "u1")
+    client = clients.connect()
+    a = client.root["A"][:]
+    a[0] = 1
+    client.tm.get().join(Saboteur("tpc_vote"))
+    with pytest.raises(RuntimeError, match="sabotage"):
+        client.commit()
+    with pytest.raises(transaction.interfaces.TransactionFailedError):
+        client.commit()
+    client.abort()
+    assert a[0] == 0
+    a[0] = 1
+    client.commit()
+    assert clients.connect(other=True).root["A"][0] == 1
+
+
+@pytest.fixture
+def tiny_disk(tmp_path):
+    """A file system of 8 MiB."""
+    if os.getuid() or not sys.platform.startswith("linux"):
+        pytest.skip("needs root, to mount a small file system")
+    path = tmp_path / "disk"
+    path.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(path)], check=False).returncode:
+        pytest.skip("cannot mount a file system here")
+    yield str(path)
+    gc.collect()
+    subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+@pytest.mark.parametrize("clients", ["filestorage", "blobless", "zeo"], indirect=True)
+def test_disk_full_for_scratch(clients, tiny_disk):
+    clients.new(32 * MIB, "u1")
+    clients.new(1000, "u1", name="other")
+    with dask.config.set({"zbig.scratch-directory": tiny_disk}):
+        client = clients.connect()
+        A, other = client.root["A"], client.root["other"]
+        a = A[:]
+        other[:] = 1
+        with pytest.raises(dz.ScratchError) as info:
+            a[:] = 1
+            for _ in range(10**6):
+                pass
+        assert isinstance(info.value, OSError)
+        with pytest.raises(dz.ScratchError):
+            client.commit()
+        client.abort()
+        assert os.listdir(tiny_disk) == []
+        assert not a.any()
+        assert not other[:].any()
+        a[: MIB // 2] = 2
+        client.commit()
+        assert os.listdir(tiny_disk) == []
+        assert (a[: MIB // 2] == 2).all()
+        client.close()
+    assert clients.connect(other=True).root["A"][:].sum(dtype="i8") == MIB
+
+
+def test_disk_full_for_the_database(tiny_disk):
+    db = dz.open(os.path.join(tiny_disk, "x.fs"))
+    manager = transaction.TransactionManager()
+    connection = db.open(manager)
+    connection.root()["A"] = A = dz.ZBigArray(32 * MIB, "u1")
+    A[:100_000] = 1
+    manager.commit()
+    a = A[:]
+    with pytest.raises(OSError):  # noqa: PT012 - when it comes is not said
+        a[:] = 2
+        for _ in range(10**6):
+            pass
+        manager.commit()
+    manager.abort()
+    assert a.sum() == 100_000
+    a[5] = 2
+    manager.commit()
+    assert connection.root()["A"][:].sum() == 100_001
+    connection.close()
+    db.close()
+
+
+# -- nothing is left behind
+
+
+def test_no_scratch_file_is_left(clients):
+    clients.new(3 * MIB, "u1")
+    client = clients.connect()
+    A = client.root["A"]
+
+    def write():
+        A[:] = np.random.default_rng(0).integers(0, 256, A.shape, "u1")
+        A[7] = 3
+
+    write()
+    client.commit()
+    assert clients.scratch() == []
+    A[::4096] = 5
+    client.commit()
+    assert clients.scratch() == []
+    write()
+    client.savepoint()
+    A[5] = 5
+    A.append([1])
+    client.commit()
+    assert clients.scratch() == []
+    write()
+    savepoint = client.savepoint()
+    write()
+    savepoint.rollback()
+    client.abort()
+    assert clients.scratch() == []
+    write()
+    client.abort()
+    client.close()
+    assert clients.scratch() == []
+
+
+def test_a_new_array_that_is_dropped_leaves_no_scratch_file(local, tmp_path):
+    with dask.config.set({"zbig.scratch-directory": str(tmp_path)}):
+        A = dz.ZBigArray(3 * MIB, "u1")
+        A[:] = 1
+        assert [n for n in os.listdir(tmp_path) if n.startswith("zbig")]
+        del A
+        gc.collect()
+        assert not [n for n in os.listdir(tmp_path) if n.startswith("zbig")]
+
+
+def descriptors():
+    return len(os.listdir("/proc/self/fd"))
+
+
+def maps():
+    with open("/proc/self/maps") as file:
+        return sum("zbig" in line or ".blob" in line for line in file)
+
+
+def test_descriptors_and_mappings_do_not_leak(clients):
+    clients.new(3 * MIB, "u1")
+
+    def use():
+        client = clients.connect()
+        A = client.root["A"]
+        a = A[:]
+        for k in range(3):
+            a[:] = k
+            client.commit()
+            a[::5000] = k + 1
+            client.commit()
+            a[7] = 1
+            client.abort()
+        assert a[1] == 2
+        client.close()
+
+    use()
+    gc.collect()
+    before = descriptors(), maps()
+    for _ in range(4):
+        use()
+        gc.collect()
+    assert descriptors() <= before[0]
+    assert maps() <= before[1]
+
+
+def test_many_commits_in_one_connection_leak_nothing(local):
+    local.new(MIB, "u1")
+    client = local.connect()
+    a = client.root["A"][:]
+
+    def use(n):
+        for k in range(n):
+            a[k * 1000 : k * 1000 + 200_000] = k
+            client.commit()
+
+    use(5)
+    gc.collect()
+    before = descriptors(), maps()
+    use(100)
+    gc.collect()
+    assert descriptors() <= before[0] + 5
+    assert maps() <= before[1] + 20
+    np.testing.assert_array_equal(local.connect().root["A"][:], a)
+
+
+# -- all with other objects
+
+
+def test_atomic_with_objects(clients):
+    clients.new(1000, "u1")
+    one, A, two, B = clients.pair()
+    A[0] = 1
+    one.root["n"] = 1
+    two.root["n"] = 2
+    one.commit()
+    B[1] = 2
+    with pytest.raises(ConflictError):
+        two.commit()
+    two.abort()
+    assert (B[:2].tolist(), two.root["n"]) == ([1, 0], 1)
+
+
+def test_two_arrays_in_one_transaction(clients):
+    clients.new(1000, "u1", name="A")
+    clients.new(DEEP, "f4", name="C")
+    one = clients.connect()
+    one.root["A"][:] = 1
+    one.root["C"].resize(10_000)
+    one.root["C"][:] = 2
+    one.commit()
+    two = clients.connect(other=True)
+    assert two.root["A"][:].sum() + two.root["C"][:].sum() == 21_000
+
+
+def test_moving_an_array_between_containers(clients):
+    clients.new(1000, "u1")
+    client = clients.connect()
+    A = client.root["A"]
+    A[0] = 1
+    client.commit()
+    client.root["B"] = A
+    del client.root["A"]
+    A[1] = 2
+    client.commit()
+    assert clients.connect(other=True).root["B"][:3].tolist() == [1, 2, 0]
+
+
+def test_explicit_transactions(local):
+    local.new(1000, "u1")
+    manager = transaction.TransactionManager(explicit=True)
+    connection = local.db.open(manager)
+    manager.begin()
+    A = connection.root()["A"]
+    a = A[:]
+    a[0] = 1
+    manager.commit()
+    manager.begin()
+    assert a[0] == 1
+    a[1] = 1
+    manager.abort()
+    manager.begin()
+    assert a[1] == 0
+    manager.abort()
+    connection.close()
+
+
+def test_a_read_that_is_current(clients):
+    """readCurrent, as ZODB has it: a truncation elsewhere makes the commit of data fail."""
+    clients.new(1000, "u1")
+    one, A, two, B = clients.pair()
+    B[5] = 1
+    A.resize(500)
+    one.commit()
+    with pytest.raises((ReadConflictError, ConflictError)):
+        two.commit()
+    two.abort()
+    B[5] = 1
+    two.commit()
+    one.begin()
+    assert A[5] == 1
+
+
+def test_demo_storage(tmp_path):
+    from ZODB.DemoStorage import DemoStorage
+    from ZODB.FileStorage import FileStorage
+
+    path = str(tmp_path / "x.fs")
+    db = dz.open(path)
+    with db.transaction() as connection:
+        connection.root()["A"] = A = dz.ZBigArray(MIB, "u1")
+        A[:] = 1
+    db.close()
+    base = FileStorage(path, read_only=True, blob_dir=path + ".blobs")
+    db = ZODB.DB(DemoStorage(base=base))
+    with contextlib.closing(db):
+        with db.transaction() as connection:
+            A = connection.root()["A"]
+            A[:10] = 2
+            A[500_000:] = 3
+        with db.transaction() as connection:
+            assert connection.root()["A"][:].sum(dtype="i8") == 20 + 499_990 + 3 * (MIB - 500_000)

@@ -1,0 +1,43 @@
+"""Every Python block of the README runs, in order, in one directory; and the docstrings' examples do."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pathlib
+import pkgutil
+import re
+import subprocess
+import sys
+
+import pytest
+
+import dask_zbig
+
+README = pathlib.Path(__file__).parents[2] / "README.md"
+
+
+def test_readme_blocks_run(tmp_path):
+    blocks = re.findall(r"^```python\n(.*?)^```$", README.read_text(), re.M | re.S)
+    assert len(blocks) >= 2
+    for number, block in enumerate(blocks):
+        script = tmp_path / f"block{number}.py"
+        body = "".join(f"    {line}\n" for line in block.splitlines())
+        script.write_text(f"def main():\n{body}\nif __name__ == '__main__':\n    main()\n")
+        (tmp_path / "data").mkdir(exist_ok=True)
+        done = subprocess.run(
+            [sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+        )
+        assert done.returncode == 0, f"block {number}:\n{block}\n{done.stderr[-3000:]}"
+
+
+def _modules():
+    for info in pkgutil.walk_packages(dask_zbig.__path__, "dask_zbig."):
+        if not info.name.endswith("._zbig"):
+            yield info.name
+
+
+@pytest.mark.parametrize("name", sorted(_modules()))
+def test_docstring_examples(name):
+    module = importlib.import_module(name)
+    assert doctest.testmod(module).failed == 0
