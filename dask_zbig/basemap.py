@@ -91,6 +91,8 @@ class BaseMap:
             else:
                 indices = sorted(i for i in self._leaves if first <= i < last)
             for index in indices:
+                if not len(self._leaves[index].extents):
+                    continue
                 part, more = self._leaves[index].part(lo, hi, source, len(sources))
                 parts.append(part)
                 sources += more
@@ -109,18 +111,21 @@ class BaseMap:
                 if bound is not None and count >= bound:
                     self._learn(a, at)
                     return at
-                self.adopt(index, leaf)
+                self._take(index, leaf)
                 count += 1
             self._learn(a, b)
         return hi
 
     def adopt(self, index: int, leaf: Any) -> None:
         """Take a leaf's present content, and watch it."""
-        loaded = Leaf(leaf.extents, leaf.refs)
+        self._take(index, leaf)
+        self._learn(index * LEAF_BYTES, (index + 1) * LEAF_BYTES)
+
+    def _take(self, index: int, leaf: Any) -> None:
+        loaded = Leaf(leaf.extents, leaf.refs)  # loads it
         self._watch(leaf, index * LEAF_BYTES, (index + 1) * LEAF_BYTES)
         with self._lock:
             self._leaves[index] = loaded
-            self._learn(index * LEAF_BYTES, (index + 1) * LEAF_BYTES)
 
     def _learn(self, lo: int, hi: int) -> None:
         with self._lock:

@@ -100,6 +100,7 @@ class OpenFile:
         self._poisoned = ex.no_ranges()
         self._dropped = ex.no_ranges()  # what is to be mapped again when that is possible
         self._filled = ex.no_ranges()  # what was asked for since there are views
+        self._merged = False  # whether there came an invalidation between the flush and the end of the commit
         self._moved: dict[int, int] = {}  # blocks of the last small commit: how many in a row
         self._window: Window | None = None
         self._limit = -1
@@ -320,6 +321,7 @@ class OpenFile:
     def _stale(self, lo: int, hi: int) -> None:
         """An invalidation: what is known of [lo, hi) is no longer true. Loads nothing."""
         with self._lock:
+            self._merged = self._merged or bool(self.flushed)
             dirty = bool(self.layers or self.space.dirty_pages)
             for index, old in self._base.forget(lo, hi).items():
                 if dirty:
@@ -458,13 +460,14 @@ class OpenFile:
     def settle(self) -> None:
         """The commit is done: what was written is the base now."""
         flushed, self.flushed = self.flushed, ()
+        merged, self._merged = self._merged, False  # if so, our pages lack what others committed
         self.local.clear()
         for layer in flushed:
             left = [f for f in layer.files if os.path.exists(f)]
             if not left:
                 continue  # its scratch files became segments just as they were
             changed = ex.covered(layer.extents)
-            if not self._keep_pages(layer, changed):
+            if merged or not self._keep_pages(layer, changed):
                 self._forget_mapped(changed)
             _unlink(left)
 
@@ -496,6 +499,7 @@ class OpenFile:
             gone, self.layers, self.flushed = self.layers + self.flushed, (), ()
             files = self.space.discard()
             self.failure = None
+            self._merged = False
             self.local.clear()
             poisoned, self._poisoned = self._poisoned, ex.no_ranges()
         changed = ex.no_ranges()

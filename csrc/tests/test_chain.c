@@ -321,8 +321,10 @@ static void fault_on_an_alternate_stack(void)
     a.sa_handler = touches;
     a.sa_flags = SA_ONSTACK;
     CHECK_SYS(sigaction(SIGUSR1, &a, NULL));
-    raise(SIGUSR1);
-    CHECK_EQ(*shared, fx_byte(1, B));
+    if (!FX_TSAN) { /* which runs handlers of such signals later, with all others blocked */
+        raise(SIGUSR1);
+        CHECK_EQ(*shared, fx_byte(1, B));
+    }
     fx_put(base + B, 3); /* and on it straight away */
     CHECK_EQ(fx_get(base + B), 3);
 }

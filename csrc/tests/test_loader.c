@@ -49,8 +49,10 @@ static void dispatch(const zb_request *r, void *context)
     }
 }
 
+/* Loaders hold the GIL while they serve: so none is still busy with the test before. */
 static void begin(void)
 {
+    fx_gil_take();
     next_id++;
     t.s = fx_space(next_id);
     t.w = fx_window(t.s, 0, BLOCKS * B);
@@ -60,16 +62,19 @@ static void begin(void)
     t.serve = serve_from_file;
     t.checks = t.notices = t.served = 0;
     for (int b = 0; b < BLOCKS; b++) t.asked[b] = 0;
+    fx_gil_drop();
 }
 
 static void end(void)
 {
     uint64_t first, last;
+    fx_gil_take();
     CHECK_OK(zb_discard(t.s, &first, &last));
     fx_scratch_remove(next_id, first, last);
     zb_window_free(t.w);
     zb_space_free(t.s);
     close(t.fd);
+    fx_gil_drop();
 }
 
 static void wait_until(_Atomic unsigned *value, unsigned at_least)
@@ -325,8 +330,8 @@ static void serve_other_after_check(const zb_request *r, void *context)
 static void truncated_begin(void)
 {
     begin();
-    t.serve = serve_other_after_check;
     other_fd = fx_file(BLOCKS * B, t.seed);
+    t.serve = serve_other_after_check;
     for (uint64_t b = 0; b < BLOCKS; b++) CHECK_EQ(fx_get(t.base + b * B), fx_byte(t.seed, b * B));
     CHECK_SYS(ftruncate(t.fd, 0));
 }

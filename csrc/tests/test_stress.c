@@ -27,11 +27,11 @@ static struct {
 } t;
 #define V (3 * B)
 
-static _Atomic uint64_t *word(uint64_t i, bool second)
+static uint64_t *word(uint64_t i, bool second)
 {
     uint64_t at = i * 8;
     char *p = second && at >= V ? zb_window_base(t.v) + (at - V) : zb_window_base(t.w) + at;
-    return (_Atomic uint64_t *)(void *)p;
+    return (uint64_t *)(void *)p;
 }
 
 static uint64_t stride(void)
@@ -69,14 +69,14 @@ static void own_word(fx_random *r, uint64_t number, uint64_t *model)
     uint64_t count = fx_below(r, 8) ? 1 : 2000; /* now and then many in a row */
     bool write_ = fx_below(r, 3) == 0, second = fx_below(r, 2);
     for (; count && k < WORDS / stride(); count--, k++, i += stride()) {
-        uint64_t got = atomic_load_explicit(word(i, second), memory_order_relaxed);
+        uint64_t got = fx_get_word(word(i, second));
         if (got != model[k])
             check_failed(__FILE__, __LINE__, "word %llu (page %llu) is %llx, not %llx", (unsigned long long)i,
                          (unsigned long long)(i * 8 / P), (unsigned long long)got, (unsigned long long)model[k]);
         t.reads++;
         if (!write_) continue;
         model[k] = fx_next(r);
-        atomic_store_explicit(word(i, second), model[k], memory_order_relaxed);
+        fx_put_word(word(i, second), model[k]);
         t.writes++;
     }
 }
@@ -95,12 +95,12 @@ static void *work(void *argument)
     while (!t.stop) {
         if (with_gil) fx_gil_take();
         for (int i = 0; i < 50; i++) own_word(&r, number, model);
-        atomic_fetch_add_explicit(word(shared_word(fx_below(&r, SHARED)), fx_below(&r, 2)), 1, memory_order_relaxed);
+        fx_add_to_word(word(shared_word(fx_below(&r, SHARED)), fx_below(&r, 2)), 1);
         t.adds++;
         if (with_gil) fx_gil_drop();
     }
     for (uint64_t k = 0; k < WORDS / stride(); k++)
-        CHECK_EQ(atomic_load_explicit(word(k * stride() + number, k % 2), memory_order_relaxed), model[k]);
+        CHECK_EQ(fx_get_word(word(k * stride() + number, k % 2)), model[k]);
     free(model);
     return NULL;
 }
@@ -163,7 +163,7 @@ int main(int argc, char **argv)
     for (unsigned i = 0; i < t.threads; i++) CHECK_OK(pthread_join(threads[i], NULL));
     CHECK_OK(pthread_join(disturber, NULL));
     uint64_t sum = 0;
-    for (uint64_t k = 0; k < SHARED; k++) sum += atomic_load(word(shared_word(k), false));
+    for (uint64_t k = 0; k < SHARED; k++) sum += fx_get_word(word(shared_word(k), false));
     CHECK_EQ(sum, t.adds);
     freeze();
     zb_count c = fx_count();

@@ -676,7 +676,7 @@ int main(int argc, char **argv)
 {
     fx_start(100);
     if (argc > 1 && strcmp(argv[1], "model") == 0) {
-        unsigned steps = argc > 3 ? (unsigned)atoi(argv[3]) : 2000;
+        unsigned steps = argc > 3 ? (unsigned)atoi(argv[3]) : FX_TSAN ? 200 : 2000;
         for (uint64_t seed = 1; argc < 3 && seed <= 5; seed++) model(seed, steps);
         if (argc >= 3) model(strtoull(argv[2], NULL, 0), steps);
         return 0;

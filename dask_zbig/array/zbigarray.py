@@ -260,7 +260,7 @@ class ZBigArray(Persistent):  # type: ignore[misc]
         DTypeError
             If it cannot be cast to the array's dtype by the rule "same_kind".
         """
-        new = np.asarray(values)
+        new = self._as_values(values)
         if not self._shape:
             raise ShapeError("cannot append to a 0-dimensional array")
         axis = self.major_axis
@@ -279,6 +279,17 @@ class ZBigArray(Persistent):  # type: ignore[misc]
         except BaseException:
             self.resize(before)
             raise
+
+
+    def _as_values(self, values: npt.ArrayLike) -> npt.NDArray[Any]:
+        """`values` as an ndarray; integers that come as Python's take this array's dtype, if they fit."""
+        new = np.asarray(values)
+        if hasattr(values, "dtype") or new.dtype.kind not in "iu" or self._dtype.kind not in "iu":
+            return new
+        try:
+            return np.asarray(values, self._dtype)
+        except OverflowError as e:
+            raise DTypeError(f"a value does not fit {self!r}: {e}") from e
 
 
 def _has_ellipsis(index: Any) -> bool:

@@ -47,7 +47,9 @@ def check(uri: str, source: LandMask, progress: Callable[[int, int], None]) -> D
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=_run, args=(uri, source, there), daemon=True)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process inherits it: on Ctrl-C, we end it
     process.start()
+    signal.signal(signal.SIGINT, before)
     there.close()
     try:
         while True:
@@ -66,7 +68,6 @@ def check(uri: str, source: LandMask, progress: Callable[[int, int], None]) -> D
 
 
 def _run(uri: str, source: LandMask, pipe: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
     db = dz.open(uri)
     connection = db.open()
 

@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from typing import Any
 
 from distributed import Client, LocalCluster
@@ -67,20 +68,27 @@ class Watch(SchedulerPlugin):  # type: ignore[misc]
 @contextmanager
 def cluster(workers: int, directory: str) -> Iterator[tuple[Any, Watch]]:
     """Worker processes of one thread each, used by Dask's ``compute`` while the block lasts."""
-    with (
-        LocalCluster(
+    with _start(workers, directory) as local, Client(local) as client:
+        watch = Watch()
+        local.scheduler.add_plugin(watch)
+        yield client, watch
+
+
+def _start(workers: int, directory: str) -> Any:
+    # Ctrl-C goes to every process of a terminal. It is to end this one, which then ends the workers; so they, and
+    # the thread here that starts them, inherit a mask. The resource tracker would lift it, but not if it runs.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return LocalCluster(
             n_workers=workers,
             threads_per_worker=1,
             memory_limit=MEMORY,
-            processes=True,
             dashboard_address="127.0.0.1:0",
             silence_logs=logging.CRITICAL,
             local_directory=directory,
             env=_THREADS,
             preload=["dask_zbig"],
-        ) as local,
-        Client(local) as client,
-    ):
-        watch = Watch()
-        local.scheduler.add_plugin(watch)
-        yield client, watch
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -52,7 +52,7 @@ class Report:
         """Print a line."""
         with self._lock:
             self._clear()
-            click.secho(text, bold=bold or None)
+            click.echo(click.style(text, bold=True) if bold else text)
 
     def header(self) -> None:
         """Print the names of the steps' columns."""

@@ -27,9 +27,9 @@ __all__ = ["ExtentLeaf", "ExtentNode", "Journal", "Truncation", "ZBigFile", "nod
 
 _SEGMENT = np.dtype([("length", "<u8"), ("checksum", "<u8")])
 _KEY = np.dtype("<u2")
-#: A resize makes this many leaves ahead (16 GiB): writers of different bytes conflict only where both would
+#: A resize makes this many leaves ahead (4 GiB): writers of different bytes conflict only where both would
 #: make the same leaf.
-LEAVES_AHEAD = 256
+LEAVES_AHEAD = 64
 
 _watchers: weakref.WeakKeyDictionary[Any, Callable[[], None]] = weakref.WeakKeyDictionary()
 _storers: weakref.WeakKeyDictionary[Any, Callable[[Any], None]] = weakref.WeakKeyDictionary()
@@ -132,6 +132,8 @@ def _decode_leaf(leaf: ExtentLeaf, state: Any) -> tuple[npt.NDArray[np.void], tu
         raise FormatError(f"ExtentLeaf {leaf._p_oid!r} has fields of wrong types")
     if len(packed) % ex.EXTENT.itemsize or len(table) != len(objects) * _SEGMENT.itemsize:
         raise FormatError(f"ExtentLeaf {leaf._p_oid!r} has tables of {len(packed)} and {len(table)} bytes")
+    if not packed and not objects:
+        return ex.empty(), ()
     extents = np.frombuffer(packed, ex.EXTENT)
     segments = np.frombuffer(table, _SEGMENT)
     lo = int(extents["start"][0]) // LEAF_BYTES * LEAF_BYTES if len(extents) else 0

@@ -18,7 +18,7 @@ import pytest
 import transaction
 import ZODB
 from ZODB.Connection import resetCaches
-from ZODB.POSException import ConflictError, ConnectionStateError, ReadConflictError, ReadOnlyError
+from ZODB.POSException import ConflictError, ConnectionStateError, ReadConflictError, ReadOnlyHistoryError
 
 import dask_zbig as dz
 from dask_zbig.memory._native import counters
@@ -34,6 +34,10 @@ def set_and_commit(client, A, **values):
     for key, value in values.items():
         A[int(key[1:])] = value
     client.commit()
+
+
+def u1(*values):
+    return np.array(values, "u1")
 
 
 # -- what one commits the other sees, from its boundary on
@@ -123,7 +127,7 @@ def test_abort(clients, size):
     client.commit()
     a[5:20] = 2
     a[size - 1] = 3
-    A.append([9] * 5)
+    A.append(u1(9, 9, 9, 9, 9))
     client.abort()
     assert A.shape == (size,)
     assert a[:20].tolist() == [1] * 10 + [0] * 10
@@ -135,17 +139,17 @@ def test_abort(clients, size):
 def test_a_commit_without_changes_stores_nothing(clients):
     clients.new(10_000, "i4")
     client = clients.connect()
-    a = client.root["A"][:]
+    A = client.root["A"]
+    a = A[:]
     a[:] = 1
     client.commit()
     last = clients.db.lastTransaction()
     assert a.sum() == 10_000
     client.commit()
+    serial = leaf_of(A)._p_serial
     a[:] = 1  # to what it is already
     client.commit()
-    client.begin()
-    client.commit()
-    assert clients.db.lastTransaction() == last
+    assert leaf_of(A)._p_serial == serial
 
 
 def test_begin_is_a_boundary_too(clients):
@@ -286,7 +290,7 @@ def test_appends_conflict(clients):
 def test_append_and_write_merge(merging):
     merging.new(10, "u1")
     one, A, two, B = merging.pair()
-    A.append([1])
+    A.append(u1(1))
     B[0] = 2
     one.commit()
     two.commit()
@@ -373,14 +377,14 @@ def test_views_follow(clients):
     old = B[:]
     old[0] = 1
     two.commit()
-    B.append([2] * 1000)
+    B.append(np.full(1000, 2, "u1"))
     longer = B[:]
     old[1] = 3
     assert longer[1] == 3
     two.abort()
     assert (old[0], old[1], B.shape) == (1, 0, (1000,))
     one.begin()
-    A.append([4] * (4 * MIB))
+    A.append(np.full(4 * MIB, 4, "u1"))
     A[2] = 5
     one.commit()
     two.begin()
@@ -478,7 +482,7 @@ def test_savepoints(clients, size):
     a[size - 1] = 2
     second = client.savepoint()
     a[:] = 3
-    A.append([4] * 10)
+    A.append(np.full(10, 4, "u1"))
     third = client.savepoint()
     A[-1] = 5
     third.rollback()
@@ -533,7 +537,7 @@ def test_savepoint_before_anything_was_written(clients):
     a = A[:]
     savepoint = client.savepoint()
     a[0] = 1
-    A.append([1])
+    A.append(u1(1))
     savepoint.rollback()
     assert (a[0], A.shape) == (0, (1000,))
     client.root["x"] = 1
@@ -630,7 +634,7 @@ def test_a_closed_connection_cannot_be_used(clients):
     A = client.root["A"]
     assert A[0] == 0
     client.close()
-    for use in (lambda: A[0], lambda: A.__setitem__(0, 1), lambda: A.append([1]), lambda: A.prefetch()):
+    for use in (lambda: A[0], lambda: A.__setitem__(0, 1), lambda: A.append(u1(1)), lambda: A.prefetch()):
         with pytest.raises(dz.ClosedError):
             use()
 
@@ -677,10 +681,10 @@ def test_historical_connections(clients):
         assert not o.flags.writeable
         with pytest.raises(ValueError, match="read-only"):
             o[0] = 1
-        with pytest.raises((ValueError, ReadOnlyError)):
+        with pytest.raises(ValueError, match="read-only"):
             O[0] = 1
         O.resize(5)
-        with pytest.raises(ReadOnlyError):
+        with pytest.raises(ReadOnlyHistoryError):
             manager.commit()
         manager.abort()
         assert O.shape == (DEEP,)
@@ -968,7 +972,7 @@ def test_a_commit_that_fails(clients, step, size):
     client.commit()
     last = clients.db.lastTransaction()
     a[5 : size // 2] = 2
-    A.append([4] * 10)
+    A.append(np.full(10, 4, "u1"))
     new = client.root["B"] = dz.ZBigArray(size, "u1")
     new[:] = 6
     client.tm.get().join(Saboteur(step))
@@ -1105,7 +1109,7 @@ def test_no_scratch_file_is_left(clients):
     write()
     client.savepoint()
     A[5] = 5
-    A.append([1])
+    A.append(u1(1))
     client.commit()
     assert clients.scratch() == []
     write()
@@ -1173,10 +1177,11 @@ def test_many_commits_in_one_connection_leak_nothing(local):
 
     def use(n):
         for k in range(n):
-            a[k * 1000 : k * 1000 + 200_000] = k
+            at = k % 5 * 200_000
+            a[at : at + 200_000] = k % 251
             client.commit()
 
-    use(5)
+    use(10)
     gc.collect()
     before = descriptors(), maps()
     use(100)
