@@ -109,6 +109,7 @@ class DataManager:
         self.files: dict[ZBigFile, OpenFile] = {}
         self.flushing: set[ZBigFile] = set()
         self._transaction: Any = None  # the one we have joined
+        self._adopted: dict[ZBigFile, tuple[Layer, ...]] = {}  # by a savepoint of the connection alone
         self._latest: dict[ZBigFile, tuple[Layer, ...]] | None = None  # the state of the last savepoint
         self._cache = connection._cache
         self._blobs = database.has_blobs(connection)
@@ -217,6 +218,7 @@ class DataManager:
                 opened.discard()
         self._transaction = None
         self._latest = None
+        self._adopted.clear()
         self.flushing.clear()
 
     # -- boundaries
@@ -226,6 +228,7 @@ class DataManager:
         done = current.status == Status.COMMITTED
         self._transaction = None
         self._latest = None
+        self._adopted.clear()
         self.flushing.clear()
         for file, opened in list(self.files.items()):
             if done:
@@ -264,9 +267,16 @@ class DataManager:
 
     def join_savepoint(self, opened: OpenFile) -> None:
         """An array has become known by a savepoint, which is being taken, of the Connection: it is part of it."""
+        opened.freeze()
         if self._latest is not None:
-            opened.freeze()
             self._latest[opened.file] = opened.layers
+        else:  # we had no part in that savepoint: see `_guard`
+            self._adopted[opened.file] = opened.layers
+
+    def connection_rolled_back(self) -> None:
+        """The connection is back at a savepoint. If that was older than our first one we were not asked."""
+        if self._latest is None and self._adopted:
+            self.rollback(self._adopted)
 
     def rollback(self, state: dict[ZBigFile, tuple[Layer, ...]]) -> None:
         """Back to `state`."""
@@ -293,11 +303,12 @@ class _Savepoint:
 
 
 def _guard(connection: Any) -> None:
-    """Wrap two methods of this Connection object, once.
+    """Wrap methods of this Connection object, once.
 
     ``newTransaction``: other synchronizers may run before the connection has polled for invalidations, or
     after; this is the one place that knows. ``close``: ZODB refuses to close a connection with changed objects,
-    but what close callbacks raise is only logged.
+    but what close callbacks raise is only logged. ``_rollback_savepoint``: an array may become known to us by the
+    very savepoint that the connection takes, when it is too late to take part in it.
     """
     if "_zbig_guarded" in connection.__dict__:
         return
@@ -322,6 +333,13 @@ def _guard(connection: Any) -> None:
             manager.close()
         cls.close(self, primary)
 
+    def rollback_savepoint(self: Any, state: Any) -> None:
+        cls._rollback_savepoint(self, state)
+        manager = _managers.get(self)
+        if manager is not None and manager.current():
+            manager.connection_rolled_back()
+
+    connection._rollback_savepoint = types.MethodType(rollback_savepoint, connection)
     connection.newTransaction = types.MethodType(new_transaction, connection)
     connection.close = types.MethodType(close, connection)
     connection._zbig_guarded = True

@@ -18,6 +18,7 @@ from ZODB.MappingStorage import MappingStorage
 import dask_zbig as dz
 
 SECONDS = 120  # a test that takes longer shows where it hangs, and ends the run
+SECONDS_IF_SLOW = 3600
 
 _CHECKS = [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture]
 _COMMON = {"deadline": None, "derandomize": True, "database": None, "suppress_health_check": _CHECKS}
@@ -35,7 +36,8 @@ def pytest_configure(config):
 
 @pytest.fixture(autouse=True)
 def _hangs_are_shown(request):
-    faulthandler.dump_traceback_later(SECONDS, exit=True, file=request.config.zbig_stderr)
+    long = any(request.node.get_closest_marker(mark) for mark in ("slow", "stress", "crash"))
+    faulthandler.dump_traceback_later(SECONDS_IF_SLOW if long else SECONDS, exit=True, file=request.config.zbig_stderr)
     yield
     faulthandler.cancel_dump_traceback_later()
 

@@ -63,8 +63,16 @@ __attribute__((format(printf, 3, 4), noreturn)) static inline void check_failed(
         if ((call) < 0) check_failed(__FILE__, __LINE__, "%s: %m", #call);                                           \
     } while (0)
 
+/* ZB_ONLY=name in the environment runs that test alone. */
+static inline int wanted(const char *test)
+{
+    const char *only = getenv("ZB_ONLY");
+    return !only || strcmp(only, test) == 0;
+}
+
 #define RUN(test)                                                                                                    \
     do {                                                                                                             \
+        if (!wanted(#test)) break;                                                                                   \
         printf("%s\n", #test);                                                                                       \
         fflush(stdout);                                                                                              \
         test();                                                                                                      \

@@ -157,13 +157,19 @@ unsigned char fx_byte(uint32_t seed, uint64_t offset)
     return (unsigned char)(x >> (8 * (offset % 8)));
 }
 
-int fx_file(uint64_t size, uint32_t seed)
+static int new_file(void)
 {
     char name[PATH_MAX + 16];
     snprintf(name, sizeof name, "%s/file-XXXXXX", directory);
     int fd = mkostemp(name, O_CLOEXEC);
     CHECK_SYS(fd);
     CHECK_SYS(unlink(name));
+    return fd;
+}
+
+int fx_file(uint64_t size, uint32_t seed)
+{
+    int fd = new_file();
     static unsigned char buffer[1 << 16];
     for (uint64_t at = 0; at < size;) {
         size_t n = size - at < sizeof buffer ? (size_t)(size - at) : sizeof buffer;
@@ -351,6 +357,17 @@ uint64_t fx_store_freeze(fx_store *store, zb_space *s)
         if (--store->used[fds[k - first]] == 0) close(fds[k - first]);
     zb_runs_free(runs);
     return pages;
+}
+
+zb_piece fx_store_move(fx_store *store, uint64_t lo, uint64_t hi, const void *bytes)
+{
+    int fd = new_file();
+    uint64_t offset = lo % ZB_BLOCK;
+    CHECK_LE(fd, MAX_FD - 1);
+    CHECK_EQ(pwrite(fd, bytes, hi - lo, (off_t)offset), hi - lo);
+    for (uint64_t at = lo; at < hi; at += ZB_PAGE)
+        store_page(store, at / ZB_PAGE, (fx_page){fd, offset + at - lo});
+    return (zb_piece){lo, hi, (int64_t)offset, fd};
 }
 
 size_t fx_store_pieces(const fx_store *store, uint64_t lo, uint64_t hi, zb_piece *pieces)

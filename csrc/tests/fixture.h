@@ -109,6 +109,8 @@ void fx_store_open(fx_store *store, uint64_t id, uint64_t npages);
 void fx_store_close(fx_store *store);
 /* Freeze the space, and take its runs and files over. Returns how many pages that were. */
 uint64_t fx_store_freeze(fx_store *store, zb_space *s);
+/* The pages of [lo, hi) now lie in a file of their own, which has these bytes. Returns where. */
+zb_piece fx_store_move(fx_store *store, uint64_t lo, uint64_t hi, const void *bytes);
 /* What [lo, hi) is made of. `pieces` has room for one a page. */
 size_t fx_store_pieces(const fx_store *store, uint64_t lo, uint64_t hi, zb_piece *pieces);
 

@@ -615,6 +615,13 @@ static void model_drop(void)
     CHECK_OK(zb_drop(s, lo, hi, any(4) ? 0 : ZB_DROP_HOLES));
 }
 
+static void model_move(void)
+{
+    uint64_t lo = any(SIZE / P), hi = lo + 1 + any(SIZE / P - lo);
+    zb_piece piece = fx_store_move(&m.store, lo * P, hi * P, m.saved + lo * P);
+    CHECK_OK(zb_remap(s, &piece, 1));
+}
+
 static void model_second_window(void)
 {
     if (m.windows[1]) zb_window_free(m.windows[1]);
@@ -629,11 +636,11 @@ static void model_step(void)
     int k;
     switch (any(20)) {
     case 0: model_freeze(); break;
-    case 1: any(3) ? model_drop() : model_discard(); break;
+    case 1: any(2) ? model_drop() : model_discard(); break;
     case 2: model_drop(); break;
     case 3: any(3) ? model_drop() : model_second_window(); break;
     case 4: CHECK_OK(zb_release(m.windows[any(2)])); break;
-    case 5: zb_space_limit(s, any(3) ? SIZE : any(SIZE)); break;
+    case 5: any(3) ? model_move() : zb_space_limit(s, any(3) ? SIZE : any(SIZE)); break;
     case 6:
     case 7:
     case 8: model_direct_write(); break;

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from typing import Any
 
+import dask.config
 from distributed import Client, LocalCluster
 from distributed.diagnostics.plugin import SchedulerPlugin
 
@@ -68,13 +69,17 @@ class Watch(SchedulerPlugin):  # type: ignore[misc]
 @contextmanager
 def cluster(workers: int, directory: str) -> Iterator[tuple[Any, Watch]]:
     """Worker processes of one thread each, used by Dask's ``compute`` while the block lasts."""
-    with _start(workers, directory) as local, Client(local) as client:
+    with (
+        dask.config.set({"temporary-directory": directory}),
+        _start(workers) as local,
+        Client(local) as client,
+    ):
         watch = Watch()
         local.scheduler.add_plugin(watch)
         yield client, watch
 
 
-def _start(workers: int, directory: str) -> Any:
+def _start(workers: int) -> Any:
     # Ctrl-C goes to every process of a terminal. It is to end this one, which then ends the workers; so they, and
     # the thread here that starts them, inherit a mask. The resource tracker would lift it, but not if it runs.
     resource_tracker.ensure_running()
@@ -86,7 +91,6 @@ def _start(workers: int, directory: str) -> Any:
             memory_limit=MEMORY,
             dashboard_address="127.0.0.1:0",
             silence_logs=logging.CRITICAL,
-            local_directory=directory,
             env=_THREADS,
             preload=["dask_zbig"],
         )

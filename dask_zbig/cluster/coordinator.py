@@ -108,6 +108,8 @@ class _Save:
             part = np.frombuffer(manifest.extents, ex.EXTENT)
             parts.append(ex.renumber(part, np.arange(len(manifest.segments)) + len(refs)))
             refs += [s.ref(self.connection) for s in manifest.segments]
+        if not refs:
+            return
         joined = np.concatenate(parts)
         order = np.argsort(joined["start"], kind="stable")
         joined = joined[order]
@@ -183,7 +185,8 @@ def _as_dask(x: Any) -> Any:
     if isinstance(x, ZBigArray):
         return from_zbigarray(x)
     if not isinstance(x, (da.Array, core.Array)):
-        x = da.from_array(np.asarray(x))
+        values = np.asarray(x)
+        x = da.from_array(values, chunks=-1 if values.dtype.hasobject else "auto")
     if any(np.isnan(n) for n in x.shape):
         raise ShapeError(f"a Dask array of unknown shape {x.shape} cannot be stored: call compute_chunk_sizes() on it")
     return x

@@ -19,14 +19,16 @@ from typing import Any
 
 from BTrees.OOBTree import OOBTree
 from persistent import Persistent
+from persistent.mapping import PersistentMapping
 from ZODB.blob import Blob
 from ZODB.POSException import ConflictError
+from ZODB.utils import z64
 
 from dask_zbig import database
 from dask_zbig.cluster.worker import writing
 from dask_zbig.config import get
 from dask_zbig.database import Location
-from dask_zbig.errors import PublishError, UncommittedChangesError
+from dask_zbig.errors import PublishError
 from dask_zbig.storage.format import VERSION, unpack_state
 from dask_zbig.storage.segment import InlineSegment, SegmentRef
 
@@ -97,29 +99,39 @@ class StagedSegment:
 def begin_job(location: Location, connection: Any) -> Job:
     """Make a job, and remove those whose lease is over.
 
-    `connection` is the user's; it is only looked at.
+    `connection` is the user's. Only the first job of a database touches it: see `_show_area`.
     """
     collect(location)
     for attempt in range(TRIES):
         with writing(location) as own:
-            root = own.root()
-            if ROOT_KEY not in root:
-                if connection.root()._p_changed:
-                    raise UncommittedChangesError(
-                        "this database has never been written to by a cluster: its root must get a staging area, "
-                        "but this connection has uncommitted changes of the root; commit them first"
-                    )
-                root[ROOT_KEY] = OOBTree()
+            root = own.get(z64)
+            base, area = root._p_serial, root.get(ROOT_KEY)
+            if new := area is None:
+                root[ROOT_KEY] = area = OOBTree()
             job = StagingJob(time.time() + get("lease-seconds"))
             name = uuid.uuid4().hex
-            root[ROOT_KEY][name] = job
+            area[name] = job
             try:
                 own.transaction_manager.commit()
             except ConflictError:
                 _pause(attempt)
                 continue
+            if new:
+                _show_area(connection, base, area)
             return Job(location, name, job._p_oid, job._p_serial)
     raise PublishError(f"no staging job could be made in {location.alias}: too many conflicts")
+
+
+def _show_area(connection: Any, base: bytes, area: Any) -> None:
+    """Let the user's connection know that the database's root has got a staging area.
+
+    Else its transaction would conflict if it changes the root, too. It is told what has just been committed over
+    the revision that it has; the storage checks that as it checks every change.
+    """
+    root = connection.get(z64)
+    if isinstance(root, PersistentMapping) and root.data is not None and root._p_serial == base:
+        root.data[ROOT_KEY] = connection._reader.load_persistent(area._p_oid, OOBTree)
+        root._p_serial = area._p_serial
 
 
 def hold_job(job: Job, connection: Any) -> None:
@@ -131,17 +143,22 @@ def hold_job(job: Job, connection: Any) -> None:
     Raises
     ------
     PublishError
-        If the job has been removed already.
+        If the job has been removed already; at the commit, if it is by then.
     """
+    _check_job(job)
+    connection.transaction_manager.get().addBeforeCommitHook(_check_job, (job,))
+    ghost = connection._reader.load_persistent(job.oid, StagingJob)  # for what happens after that hook
+    ghost._p_serial = job.serial
+    connection.readCurrent(ghost)
+
+
+def _check_job(job: Job) -> None:
     with writing(job.location) as own:
         if job.id not in own.root().get(ROOT_KEY, {}):
             raise PublishError(
                 f"staging job {job.id} is gone from {job.location.alias}: it was given up, or its lease ran out "
                 f"(zbig.lease-seconds); what it staged may have been packed away"
             )
-    ghost = connection._reader.load_persistent(job.oid, StagingJob)
-    ghost._p_serial = job.serial
-    connection.readCurrent(ghost)
 
 
 def end_job(job: Job) -> None:

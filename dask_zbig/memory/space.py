@@ -6,6 +6,7 @@ lies behind the bytes is the business of the space's `Service`.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import secrets
@@ -192,7 +193,7 @@ class Space:
         self._service = weakref.ref(service)
         self._windows: list[weakref.ref[Window]] = []
         self._lock = threading.Lock()
-        weakref.finalize(self, _end_space, self._handle)
+        self._finalizer = weakref.finalize(self, _end_space, self._handle, directory, self._prefix)
         _spaces[self.number] = self
 
     @property
@@ -211,6 +212,8 @@ class Space:
             raise ValueError("the scratch directory cannot change while pages are dirty")
         check(lib.zb_space_scratch(self._handle, os.fsencode(directory)), f"use {directory!r}")
         self._directory = directory
+        self._finalizer.detach()
+        self._finalizer = weakref.finalize(self, _end_space, self._handle, directory, self._prefix)
 
     def check_process(self) -> None:
         """Raise `ForkError` in a forked child."""
@@ -298,6 +301,11 @@ class Space:
         lib.zb_space_close(self._handle)
 
 
-def _end_space(handle: Any) -> None:
+def _end_space(handle: Any, directory: str, prefix: str) -> None:
+    first, last = ffi.new("uint64_t *"), ffi.new("uint64_t *")
+    if lib.zb_discard(handle, first, last) == 0:
+        for k in range(first[0], last[0]):
+            with contextlib.suppress(OSError):
+                os.unlink(os.path.join(directory, f"{prefix}-{k}"))
     lib.zb_space_close(handle)
     lib.zb_space_free(handle)

@@ -6,6 +6,7 @@ straight from the storage. That is what lets a loader thread serve a fault of an
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import threading
@@ -95,7 +96,10 @@ class BytesSource:
 
 
 class FileSource:
-    """A file of this process's own, such as a scratch file. The descriptor is opened once and kept."""
+    """A file of this process's own, such as a scratch file. The descriptor is opened once and kept.
+
+    What is left under its name when the source goes is removed: a blob has moved it by then.
+    """
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -103,7 +107,7 @@ class FileSource:
             self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError as e:
             raise LoadError(e.errno, f"cannot open {path!r}: {e.strerror}") from e
-        self.close = weakref.finalize(self, os.close, self._fd)
+        self.close = weakref.finalize(self, _drop_file, self._fd, path)
         self.length = os.fstat(self._fd).st_size
 
     def local(self) -> bool:
@@ -114,6 +118,12 @@ class FileSource:
 
     def read(self, offset: int, size: int) -> bytes:
         return _read_all(self._fd, offset, size, self.path)
+
+
+def _drop_file(fd: int, path: str) -> None:
+    os.close(fd)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
 
 
 def _read_all(fd: int, offset: int, size: int, what: object) -> bytes:
