@@ -48,7 +48,7 @@ def _combine(file: OpenFile) -> Changes:
 
 
 def _trimmed(file: OpenFile, changes: Changes) -> npt.NDArray[np.void]:
-    loose = np.array(changes.loose)[changes.extents["segment"]]
+    loose = np.array(changes.loose, bool)[changes.extents["segment"]]
     parts = [changes.extents[~loose]]
     todo = changes.extents[loose]
     for lo, hi in ex.covered(todo).tolist():

@@ -467,7 +467,8 @@ class OpenFile:
             if not left:
                 continue  # its scratch files became segments just as they were
             changed = ex.covered(layer.extents)
-            if merged or not self._keep_pages(layer, changed):
+            # (with several layers one may lie over another)
+            if merged or len(flushed) > 1 or not self._keep_pages(layer, changed):
                 self._forget_mapped(changed)
             _unlink(left)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
@@ -72,7 +73,7 @@ def run(
         stack.close()
         _conclude(report, answer, memory, time.perf_counter() - started)
         if keep:
-            report.line(f"kept: dask_zbig.open({path!r}).open().root()")
+            report.line(f"kept: dask_zbig.open({path!r})")
     return answer
 
 
@@ -184,15 +185,18 @@ def _stoppable() -> Iterator[Callable[[], None]]:
 
     def stop(number: int, _: object) -> None:
         click.echo("\nstopped, cleaning up", err=True)
+        logging.disable()  # what is interrupted may complain
         raise SystemExit(128 + number)
 
     def ignore() -> None:
         for number in _SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
+    disabled = logging.root.manager.disable
     before = {number: signal.signal(number, stop) for number in _SIGNALS}
     try:
         yield ignore
     finally:
+        logging.disable(disabled)
         for number, handler in before.items():
             signal.signal(number, handler)
