@@ -30,17 +30,6 @@ ZB_IN_HANDLER static bool attached(void)
     return state && (!zb_g.hooks.this_thread || zb_g.hooks.this_thread() == state);
 }
 
-ZB_IN_HANDLER static void notice(const zb_space *s, uint64_t position, int error)
-{
-    if (atomic_load(&zb_g.shut)) return;
-    zb_request r = {.space = s->id,
-                    .position = position,
-                    .thread = (uint64_t)pthread_self(),
-                    .want = ZB_WANT_NOTICE,
-                    .error = error};
-    zb_request_put(&r);
-}
-
 /* Nobody can load this block any more: 0xFF bytes. */
 ZB_IN_HANDLER static bool poison(zb_window *w, uint64_t b)
 {
@@ -140,10 +129,11 @@ ZB_IN_HANDLER static bool serve_in(zb_space *s, const char *at, const void *ucon
         v = look(s, at, ucontext, &bus, slept, &ask);
         uint32_t seen = atomic_load_explicit(&s->seq, memory_order_acquire);
         zb_unlock(&s->lock);
-        if (ask.want & ZB_WANT_NOTICE) notice(s, ask.position, ask.error);
-        if (v != LOAD) break;
+        bool tell = ask.want & ZB_WANT_NOTICE;
         /* The loader is Python: it needs the interpreter's lock, which this thread may hold. */
-        if (!state && attached()) state = zb_g.hooks.detach();
+        if ((tell || v == LOAD) && !state && attached()) state = zb_g.hooks.detach();
+        if (tell) zb_request_tell(&ask);
+        if (v != LOAD) break;
         if (ask.want & ZB_WANT_FILL) zb_request_put(&ask);
         ZB_COUNT(waits, 1);
         zb_futex_wait(&s->seq, seen);

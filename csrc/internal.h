@@ -74,14 +74,14 @@ enum { ZB_ABSENT, ZB_FILLING, ZB_HOLE, ZB_CLEAN };
 
 struct zb_window {
     zb_space *space;
-    char *base;          /* of block 0; a multiple of ZB_BLOCK */
-    char *reserved;      /* what was mmapped, with its length */
+    char *base;     /* of block 0; a multiple of ZB_BLOCK */
+    char *reserved; /* what was mmapped, with its length */
     size_t reserved_len;
-    uint64_t start;      /* position of base */
+    uint64_t start; /* position of base */
     uint64_t blocks;
     uint32_t *table;
-    uint64_t maps;       /* its share of the count of mappings */
-    zb_window *next;     /* in the space */
+    uint64_t maps;   /* its share of the count of mappings */
+    zb_window *next; /* in the space */
 };
 
 /* The dirty pages of one block, in the current generation. Slot i lies in file `file` at `offset`. */
@@ -170,8 +170,10 @@ ZB_IN_HANDLER static inline bool zb_is_dirty(const zb_slot *slot, unsigned page)
 ZB_IN_HANDLER unsigned zb_same(const zb_slot *slot, unsigned page, unsigned end);
 
 /* -- request.c */
-ZB_IN_HANDLER void zb_request_put(const zb_request *r); /* may wait for room, but not to put a NOTICE */
+ZB_IN_HANDLER void zb_request_put(const zb_request *r); /* may wait for room: not with the GIL held */
 ZB_IN_HANDLER bool zb_is_loader(void);
+/* Have this thread told of an error, and wait for that: it must not go on as if nothing had happened. */
+ZB_IN_HANDLER void zb_request_tell(zb_request *notice);
 void zb_request_fork(void);
 void zb_request_shutdown(void);
 

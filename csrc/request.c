@@ -1,10 +1,11 @@
 /* SPDX-License-Identifier: MIT
  * request.c - the queue from faulting threads to the loaders.
  *
- * A ring under a futex lock. It cannot overflow in practice (a sleeping thread has one request in it, a NOTICE
- * is put at most once per block and generation); if it does, the putter waits for room: loaders never put. A
- * NOTICE is dropped then: nobody sleeps for it, and its thread may hold the interpreter's lock, without which no
- * loader makes room. */
+ * A ring under a futex lock. It cannot overflow in practice (a sleeping thread has one request in it); if it does, the
+ * putter waits for room: loaders never put, and nobody puts with the interpreter's lock held.
+ *
+ * The thread of a NOTICE waits for its ticket to be answered. The answers lie here, not with the thread: at shutdown
+ * it leaves without one, and a loader may still come with it. */
 #include "internal.h"
 
 #define RING 4096u
@@ -12,8 +13,11 @@
 static struct {
     zb_mutex lock;
     _Atomic uint32_t puts, takes; /* futex words: bumped by each */
+    _Atomic uint32_t loaders;     /* that ever asked */
+    _Atomic uint32_t answers;     /* futex word: bumped by each, and at shutdown */
     uint32_t head, tail;
     zb_request ring[RING];
+    _Atomic uint64_t tickets, answered[RING]; /* by ticket: the last one that was */
 } q;
 
 ZB_TLS bool tls_loader;
@@ -27,7 +31,7 @@ ZB_IN_HANDLER void zb_request_put(const zb_request *r)
 {
     for (;;) {
         zb_lock(&q.lock);
-        if (q.head - q.tail < (r->want & ZB_WANT_NOTICE ? RING / 2 : RING)) {
+        if (q.head - q.tail < RING) {
             q.ring[q.head++ % RING] = *r;
             atomic_fetch_add_explicit(&q.puts, 1, memory_order_release);
             zb_unlock(&q.lock);
@@ -36,13 +40,14 @@ ZB_IN_HANDLER void zb_request_put(const zb_request *r)
         }
         uint32_t seen = atomic_load_explicit(&q.takes, memory_order_acquire);
         zb_unlock(&q.lock);
-        if (r->want & ZB_WANT_NOTICE || atomic_load(&zb_g.shut)) return;
+        if (atomic_load(&zb_g.shut)) return;
         zb_futex_wait(&q.takes, seen);
     }
 }
 
 int zb_request_next(zb_request *out)
 {
+    if (!tls_loader) atomic_fetch_add(&q.loaders, 1);
     tls_loader = true;
     for (;;) {
         if (atomic_load(&zb_g.shut)) return -ESHUTDOWN;
@@ -60,17 +65,39 @@ int zb_request_next(zb_request *out)
     }
 }
 
+ZB_IN_HANDLER void zb_request_tell(zb_request *r)
+{
+    if (atomic_load(&zb_g.shut) || !atomic_load(&q.loaders)) return;
+    r->answer = atomic_fetch_add(&q.tickets, 1) + 1;
+    zb_request_put(r);
+    for (;;) {
+        uint32_t seen = atomic_load_explicit(&q.answers, memory_order_acquire);
+        if (atomic_load(&q.answered[r->answer % RING]) >= r->answer || atomic_load(&zb_g.shut)) return;
+        zb_futex_wait(&q.answers, seen);
+    }
+}
+
+void zb_request_told(const zb_request *r)
+{
+    atomic_store(&q.answered[r->answer % RING], r->answer);
+    atomic_fetch_add_explicit(&q.answers, 1, memory_order_release);
+    zb_futex_wake(&q.answers, INT_MAX);
+}
+
 void zb_request_shutdown(void)
 {
     atomic_fetch_add(&q.puts, 1); /* so that a thread about to sleep does not */
     atomic_fetch_add(&q.takes, 1);
+    atomic_fetch_add(&q.answers, 1);
     zb_futex_wake(&q.puts, INT_MAX);
     zb_futex_wake(&q.takes, INT_MAX);
+    zb_futex_wake(&q.answers, INT_MAX);
 }
 
 void zb_request_fork(void)
 {
     q.lock = 0;
     q.head = q.tail = 0;
+    atomic_store(&q.loaders, 0);
     tls_loader = false;
 }

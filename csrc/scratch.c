@@ -106,8 +106,7 @@ ZB_IN_HANDLER static void set_slot(zb_space *s, uint64_t block, size_t slotno)
 {
     for (zb_window *w = s->windows; w; w = w->next) {
         uint64_t b = block - w->start / ZB_BLOCK;
-        if (block >= w->start / ZB_BLOCK && b < w->blocks)
-            w->table[b] = ZB_ENTRY(slotno, ZB_KIND(w->table[b]));
+        if (block >= w->start / ZB_BLOCK && b < w->blocks) w->table[b] = ZB_ENTRY(slotno, ZB_KIND(w->table[b]));
     }
 }
 
@@ -224,7 +223,8 @@ int zb_adopt_dirty(zb_window *w)
 }
 
 /* Bring pages [lo, hi) of a slot's block into its file: the old bytes of those not dirty, or all of `source`. */
-ZB_IN_HANDLER static int copy_in(zb_window *w, const zb_slot *slot, unsigned lo, unsigned hi, int fd, const char *source)
+ZB_IN_HANDLER static int copy_in(zb_window *w, const zb_slot *slot, unsigned lo, unsigned hi, int fd,
+                                 const char *source)
 {
     if (source) return full_pwrite(fd, source, (hi - lo) * ZB_PAGE, slot->offset + lo * ZB_PAGE);
     uint64_t b = slot->block - w->start / ZB_BLOCK;
@@ -253,6 +253,7 @@ ZB_IN_HANDLER static int dirty_pages(zb_window *w, uint64_t b, unsigned lo, unsi
     zb_space *s = w->space;
     uint32_t slotno = ZB_SLOT(w->table[b]);
     zb_slot *slot = slotno ? &s->slots[slotno - 1] : NULL;
+    bool shown = false;
     int r = 0;
     if (!slot) {
         r = new_slot(s, w->start / ZB_BLOCK + b, true, &slot);
@@ -263,7 +264,10 @@ ZB_IN_HANDLER static int dirty_pages(zb_window *w, uint64_t b, unsigned lo, unsi
     if (fd < 0) return fd;
     for (;;) {
         r = copy_in(w, slot, lo, hi, fd, source);
-        for (zb_window *v = s->windows; v && !r; v = v->next) r = show(v, slot, lo, hi, fd);
+        for (zb_window *v = s->windows; v && !r; v = v->next) {
+            r = show(v, slot, lo, hi, fd);
+            shown |= !r;
+        }
         if (r != -ENOMEM || hi - lo == ZB_PAGES_PER_BLOCK || source) break;
         lo = 0; /* out of mappings: a whole block needs fewer of them than its pages do */
         hi = ZB_PAGES_PER_BLOCK;
@@ -271,8 +275,8 @@ ZB_IN_HANDLER static int dirty_pages(zb_window *w, uint64_t b, unsigned lo, unsi
     if (!r) {
         mark_dirty(s, slot, lo, hi);
         if (hi - lo == ZB_PAGES_PER_BLOCK && slot->offset) start_writeback(fd, slot->offset - ZB_BLOCK);
-    } else if (r == -ENOMEM && !s->error) {
-        s->error = ENOMEM; /* a window may show pages that are in no run */
+    } else if (shown && !s->error) {
+        s->error = -r; /* a window shows pages that are in no run */
     }
     if (fd != s->fd) close(fd);
     return r;

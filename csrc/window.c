@@ -399,8 +399,8 @@ static int map_pieces(zb_window *w, cursor *c, uint64_t lo, uint64_t hi)
         const zb_piece *p = &c->pieces[c->i];
         uint64_t stop = p->stop < hi ? p->stop : hi;
         int how = p->fd < 0 ? MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE : MAP_SHARED;
-        void *m = mmap(address(w, lo), stop - lo, PROT_READ, MAP_FIXED | how,
-                       p->fd < 0 ? -1 : (int)p->fd, p->fd < 0 ? 0 : p->offset + (int64_t)(lo - p->start));
+        void *m = mmap(address(w, lo), stop - lo, PROT_READ, MAP_FIXED | how, p->fd < 0 ? -1 : (int)p->fd,
+                       p->fd < 0 ? 0 : p->offset + (int64_t)(lo - p->start));
         if (m == MAP_FAILED) return -errno;
         zb_counted(w, 1);
         lo = stop;
@@ -525,7 +525,8 @@ static int remap_in(zb_window *w, const zb_piece *p)
 int zb_remap(zb_space *s, const zb_piece *pieces, size_t n)
 {
     for (size_t k = 0; k < n; k++)
-        if (pieces[k].start % ZB_PAGE || pieces[k].stop % ZB_PAGE || pieces[k].offset % (int64_t)ZB_PAGE) return -EINVAL;
+        if (pieces[k].start % ZB_PAGE || pieces[k].stop % ZB_PAGE || pieces[k].offset % (int64_t)ZB_PAGE)
+            return -EINVAL;
     zb_lock(&s->lock);
     int r = s->forked ? -ENOTCONN : 0;
     for (zb_window *w = s->windows; w && !r; w = w->next)

@@ -68,7 +68,7 @@ typedef struct {
 enum {
     ZB_WANT_FILL = 1,   /**< a thread sleeps on this block: answer with zb_fill() */
     ZB_WANT_CHECK = 2,  /**< with FILL: the file mapped there was too short; look before you fill again */
-    ZB_WANT_NOTICE = 4, /**< nobody sleeps: `error` happened to `thread` in this space; tell it */
+    ZB_WANT_NOTICE = 4, /**< `error` happened to `thread` in this space: tell it, then zb_request_told() */
 };
 
 /** What a faulting thread wants of the loader. */
@@ -78,6 +78,7 @@ typedef struct {
     uint64_t thread;   /**< pthread_self() of the faulting thread */
     uint32_t want;     /**< ZB_WANT_* */
     int32_t error;     /**< positive errno, of a NOTICE */
+    uint64_t answer;   /**< the core's own */
 } zb_request;
 
 enum {
@@ -174,5 +175,7 @@ ZB_API int zb_write(zb_window *w, uint64_t lo, uint64_t hi, const void *source);
 /** Sleep until a thread wants something. Marks the calling thread as a loader: its own access to a window is a
  *  bug and is not served. -ESHUTDOWN after zb_shutdown(). */
 ZB_API int zb_request_next(zb_request *out);
+/** The thread of a NOTICE has been told (or cannot be): wake it. Once for each. */
+ZB_API void zb_request_told(const zb_request *r);
 
 #endif

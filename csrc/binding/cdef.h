@@ -28,6 +28,7 @@ typedef struct {
     uint64_t space, position, thread;
     uint32_t want;
     int32_t error;
+    uint64_t answer;
 } zb_request;
 typedef struct {
     uint64_t read_faults, write_faults, bus_faults, spurious, chained;
@@ -67,3 +68,4 @@ int zb_discard(zb_space *s, uint64_t *first, uint64_t *last);
 int zb_write(zb_window *w, uint64_t lo, uint64_t hi, const void *source);
 
 int zb_request_next(zb_request *out);
+void zb_request_told(const zb_request *r);

@@ -30,37 +30,37 @@ __attribute__((format(printf, 3, 4), noreturn)) static inline void check_failed(
     _exit(1);
 }
 
-#define CHECK(condition)                                                                                             \
-    do {                                                                                                             \
-        if (!(condition)) check_failed(__FILE__, __LINE__, "not true: %s", #condition);                              \
+#define CHECK(condition)                                                                                               \
+    do {                                                                                                               \
+        if (!(condition)) check_failed(__FILE__, __LINE__, "not true: %s", #condition);                                \
     } while (0)
 
 /* For integers of any size; shown as signed, so that a negative errno is readable. */
-#define CHECK_EQ(left, right)                                                                                        \
-    do {                                                                                                             \
-        long long l_ = (long long)(left), r_ = (long long)(right);                                                   \
-        if (l_ != r_)                                                                                                \
-            check_failed(__FILE__, __LINE__, "%s == %lld (0x%llx), not %s == %lld (0x%llx)", #left, l_, l_, #right,  \
-                         r_, r_);                                                                                    \
+#define CHECK_EQ(left, right)                                                                                          \
+    do {                                                                                                               \
+        long long l_ = (long long)(left), r_ = (long long)(right);                                                     \
+        if (l_ != r_)                                                                                                  \
+            check_failed(__FILE__, __LINE__, "%s == %lld (0x%llx), not %s == %lld (0x%llx)", #left, l_, l_, #right,    \
+                         r_, r_);                                                                                      \
     } while (0)
 
 /* left <= right, both unsigned */
-#define CHECK_LE(left, right)                                                                                        \
-    do {                                                                                                             \
-        unsigned long long l_ = (left), r_ = (right);                                                                \
-        if (l_ > r_) check_failed(__FILE__, __LINE__, "%s == %llu > %s == %llu", #left, l_, #right, r_);             \
+#define CHECK_LE(left, right)                                                                                          \
+    do {                                                                                                               \
+        unsigned long long l_ = (left), r_ = (right);                                                                  \
+        if (l_ > r_) check_failed(__FILE__, __LINE__, "%s == %llu > %s == %llu", #left, l_, #right, r_);               \
     } while (0)
 
-#define CHECK_OK(call)                                                                                               \
-    do {                                                                                                             \
-        int r_ = (call);                                                                                             \
-        if (r_) check_failed(__FILE__, __LINE__, "%s returned %d (%s)", #call, r_, strerror(r_ < 0 ? -r_ : r_));     \
+#define CHECK_OK(call)                                                                                                 \
+    do {                                                                                                               \
+        int r_ = (call);                                                                                               \
+        if (r_) check_failed(__FILE__, __LINE__, "%s returned %d (%s)", #call, r_, strerror(r_ < 0 ? -r_ : r_));       \
     } while (0)
 
 /* For system calls that set errno. */
-#define CHECK_SYS(call)                                                                                              \
-    do {                                                                                                             \
-        if ((call) < 0) check_failed(__FILE__, __LINE__, "%s: %m", #call);                                           \
+#define CHECK_SYS(call)                                                                                                \
+    do {                                                                                                               \
+        if ((call) < 0) check_failed(__FILE__, __LINE__, "%s: %m", #call);                                             \
     } while (0)
 
 /* ZB_ONLY=name in the environment runs that test alone. */
@@ -70,12 +70,12 @@ static inline int wanted(const char *test)
     return !only || strcmp(only, test) == 0;
 }
 
-#define RUN(test)                                                                                                    \
-    do {                                                                                                             \
-        if (!wanted(#test)) break;                                                                                   \
-        printf("%s\n", #test);                                                                                       \
-        fflush(stdout);                                                                                              \
-        test();                                                                                                      \
+#define RUN(test)                                                                                                      \
+    do {                                                                                                               \
+        if (!wanted(#test)) break;                                                                                     \
+        printf("%s\n", #test);                                                                                         \
+        fflush(stdout);                                                                                                \
+        test();                                                                                                        \
     } while (0)
 
 static inline void watchdog(int seconds)

@@ -3,9 +3,9 @@
 #define _GNU_SOURCE
 #include "fixture.h"
 
-#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <ftw.h>
 #include <limits.h>
 #include <stdatomic.h>
 #include <sys/resource.h>
@@ -75,13 +75,21 @@ static void hook_attach(void *state)
 static char directory[PATH_MAX];
 static pid_t owner;
 
+static int remove_one(const char *path, const struct stat *st, int type, struct FTW *ftw)
+{
+    (void)st, (void)type, (void)ftw;
+    remove(path);
+    return 0;
+}
+
+void fx_remove_tree(const char *path)
+{
+    nftw(path, remove_one, 16, FTW_DEPTH | FTW_PHYS | FTW_MOUNT);
+}
+
 static void remove_directory(void)
 {
-    DIR *d = getpid() == owner ? opendir(directory) : NULL;
-    if (!d) return;
-    for (struct dirent *e; (e = readdir(d));) unlinkat(dirfd(d), e->d_name, 0);
-    closedir(d);
-    rmdir(directory);
+    if (getpid() == owner) fx_remove_tree(directory);
 }
 
 const char *fx_directory(void)
@@ -192,8 +200,8 @@ void fx_check_all(const char *at, uint64_t size, unsigned char value)
 {
     for (uint64_t i = 0; i < size; i++)
         if (fx_get(at + i) != value)
-            check_failed(__FILE__, __LINE__, "byte %llu of %p is %d, not %d", (unsigned long long)i,
-                         (const void *)at, fx_get(at + i), value);
+            check_failed(__FILE__, __LINE__, "byte %llu of %p is %d, not %d", (unsigned long long)i, (const void *)at,
+                         fx_get(at + i), value);
 }
 
 void fx_check_same(const void *got, const void *wanted, uint64_t size, uint64_t position)
@@ -284,6 +292,7 @@ static void *loader_main(void *p)
     while ((result = zb_request_next(&r)) == 0) {
         fx_gil_take();
         a.serve(&r, a.context);
+        if (r.want & ZB_WANT_NOTICE) zb_request_told(&r);
         fx_gil_drop();
     }
     CHECK_EQ(result, -ESHUTDOWN);
@@ -365,8 +374,7 @@ zb_piece fx_store_move(fx_store *store, uint64_t lo, uint64_t hi, const void *by
     uint64_t offset = lo % ZB_BLOCK;
     CHECK_LE(fd, MAX_FD - 1);
     CHECK_EQ(pwrite(fd, bytes, hi - lo, (off_t)offset), hi - lo);
-    for (uint64_t at = lo; at < hi; at += ZB_PAGE)
-        store_page(store, at / ZB_PAGE, (fx_page){fd, offset + at - lo});
+    for (uint64_t at = lo; at < hi; at += ZB_PAGE) store_page(store, at / ZB_PAGE, (fx_page){fd, offset + at - lo});
     return (zb_piece){lo, hi, (int64_t)offset, fd};
 }
 

@@ -22,10 +22,11 @@
 
 void fx_start(int seconds);
 const char *fx_directory(void);
+void fx_remove_tree(const char *path);
 
 void fx_gil_take(void);
 void fx_gil_drop(void);
-bool fx_gil_held(void); /* by this thread */
+bool fx_gil_held(void);         /* by this thread */
 unsigned fx_gil_detached(void); /* how often the core gave it up */
 
 zb_count fx_count(void);

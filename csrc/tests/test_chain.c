@@ -38,7 +38,8 @@ static int run_child(void (*body)(void), const char *expected_output)
         _exit(0);
     }
     close(ends[1]);
-    for (ssize_t got; n < sizeof text - 1 && (got = read(ends[0], text + n, sizeof text - 1 - n)) > 0;) n += (size_t)got;
+    for (ssize_t got; n < sizeof text - 1 && (got = read(ends[0], text + n, sizeof text - 1 - n)) > 0;)
+        n += (size_t)got;
     text[n] = 0;
     close(ends[0]);
     CHECK_EQ(waitpid(pid, &status, 0), pid);
@@ -47,12 +48,12 @@ static int run_child(void (*body)(void), const char *expected_output)
     return WIFSIGNALED(status) ? KILLED + WTERMSIG(status) : EXITED + WEXITSTATUS(status);
 }
 
-#define CHILD(body, expected, said, called)                                                                          \
-    do {                                                                                                             \
-        if (!wanted(#body)) break;                                                                                   \
-        printf("%s\n", #body);                                                                                       \
-        CHECK_EQ(run_child(body, said), expected);                                                                   \
-        if (called >= 0) CHECK_EQ(*shared, called);                                                                  \
+#define CHILD(body, expected, said, called)                                                                            \
+    do {                                                                                                               \
+        if (!wanted(#body)) break;                                                                                     \
+        printf("%s\n", #body);                                                                                         \
+        CHECK_EQ(run_child(body, said), expected);                                                                     \
+        if (called >= 0) CHECK_EQ(*shared, called);                                                                    \
     } while (0)
 
 static zb_space *s;
@@ -514,8 +515,12 @@ static void fork_among_threads(void)
     exit(0);
 }
 
+static char directory[64] = "/tmp/zbig-chain-XXXXXX"; /* of all children: who is killed does not tidy up */
+
 int main(void)
 {
+    CHECK(mkdtemp(directory));
+    CHECK_SYS(setenv("TMPDIR", directory, 1));
     shared = mmap(NULL, P, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     CHECK(shared != MAP_FAILED);
     CHILD(crash_with_no_other_handler, KILLED + SIGSEGV, NULL, -1);
@@ -545,5 +550,6 @@ int main(void)
     CHILD(forked_child_uses_the_core, EXITED, NULL, -1);
     CHILD(forked_child_begins_anew, EXITED, NULL, -1);
     CHILD(fork_among_threads, EXITED, NULL, -1);
+    fx_remove_tree(directory);
     return 0;
 }

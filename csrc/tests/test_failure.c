@@ -17,9 +17,9 @@
 enum { BLOCKS = 8 };
 
 static struct {
-    int error;         /* what writes meet */
-    uint64_t fits;     /* so many bytes can be written before they do */
-    char bad[4096];    /* the directory */
+    int error;      /* what writes meet */
+    uint64_t fits;  /* so many bytes can be written before they do */
+    char bad[4096]; /* the directory */
     void (*heal)(void);
 } why;
 

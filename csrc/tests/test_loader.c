@@ -44,7 +44,8 @@ static void dispatch(const zb_request *r, void *context)
     if (r->want & ZB_WANT_FILL) {
         CHECK_EQ(r->position % B, 0);
         t.asked[r->position / B]++;
-        atomic_load(&t.serve)(r, context);
+        fx_serve *serve = t.serve;
+        serve(r, context);
         t.served++;
     }
 }

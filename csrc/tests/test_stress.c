@@ -48,8 +48,10 @@ static void fill(zb_window *w, uint64_t position, zb_piece *pieces)
     size_t n = fx_store_pieces(&t.store, position, position + B, pieces);
     pthread_mutex_unlock(&t.lock);
     int r = zb_fill(w, epoch, position, position + B, pieces, n);
-    if (r == -ESTALE) t.stale++; /* who waits asks again */
-    else CHECK_OK(r);
+    if (r == -ESTALE)
+        t.stale++; /* who waits asks again */
+    else
+        CHECK_OK(r);
 }
 
 static void serve(const zb_request *r, void *context)
@@ -99,8 +101,7 @@ static void *work(void *argument)
         t.adds++;
         if (with_gil) fx_gil_drop();
     }
-    for (uint64_t k = 0; k < WORDS / stride(); k++)
-        CHECK_EQ(fx_get_word(word(k * stride() + number, k % 2)), model[k]);
+    for (uint64_t k = 0; k < WORDS / stride(); k++) CHECK_EQ(fx_get_word(word(k * stride() + number, k % 2)), model[k]);
     free(model);
     return NULL;
 }
@@ -155,8 +156,7 @@ int main(int argc, char **argv)
     fx_store_open(&t.store, 1, SIZE / P);
     fx_loader(serve, NULL);
     fx_loader(serve, NULL);
-    for (unsigned i = 0; i < t.threads; i++)
-        CHECK_OK(pthread_create(&threads[i], NULL, work, (void *)(uintptr_t)i));
+    for (unsigned i = 0; i < t.threads; i++) CHECK_OK(pthread_create(&threads[i], NULL, work, (void *)(uintptr_t)i));
     CHECK_OK(pthread_create(&disturber, NULL, disturb, NULL));
     sleep(seconds);
     t.stop = true;
@@ -167,9 +167,9 @@ int main(int argc, char **argv)
     CHECK_EQ(sum, t.adds);
     freeze();
     zb_count c = fx_count();
-    printf("%llu reads, %llu writes, %llu additions, %llu freezes, %llu stale fills\n",
-           (unsigned long long)t.reads, (unsigned long long)t.writes, (unsigned long long)t.adds,
-           (unsigned long long)t.freezes, (unsigned long long)t.stale);
+    printf("%llu reads, %llu writes, %llu additions, %llu freezes, %llu stale fills\n", (unsigned long long)t.reads,
+           (unsigned long long)t.writes, (unsigned long long)t.adds, (unsigned long long)t.freezes,
+           (unsigned long long)t.stale);
     printf("%llu read faults, %llu write faults, %llu spurious, %llu waits\n", (unsigned long long)c.read_faults,
            (unsigned long long)c.write_faults, (unsigned long long)c.spurious, (unsigned long long)c.waits);
     zb_window_free(t.w);

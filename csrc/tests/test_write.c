@@ -646,7 +646,10 @@ static void model_step(void)
     case 8: model_direct_write(); break;
     case 9:
     case 10:
-    case 11: k = model_range(&lo, &hi); model_check(k, lo, hi); break;
+    case 11:
+        k = model_range(&lo, &hi);
+        model_check(k, lo, hi);
+        break;
     default: model_write();
     }
 }

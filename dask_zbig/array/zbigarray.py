@@ -230,6 +230,8 @@ class ZBigArray(Persistent):  # type: ignore[misc]
             As for a new array.
         """
         new = _checked_shape(shape, self.itemsize)
+        if new == self._shape:
+            return  # nor shall the object be stored again, and conflict
         old_bytes = self.nbytes
         new_bytes = math.prod(new) * self.itemsize
         opened = self._open()

@@ -35,7 +35,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 @click.option("--map", "picture", type=click.Path(dir_okay=False), help=f"The picture. [default: {_PICTURE}]")
 @click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Worker processes.")
 def demo(keep: str | None, kill_worker: bool, picture: str | None, workers: int) -> None:
-    """Compute from a 890 MiB mask how much of the Earth is land.
+    """Compute from an 890 MiB mask how much of the Earth is land.
 
     A server and worker processes are started. The mask is imported into an array; the workers compute from it,
     and write two more arrays in one atomic save. A fresh process checks everything against NumPy. Takes a minute
@@ -66,7 +66,7 @@ def run(
             client, watch = stack.enter_context(cluster(workers, private.path))
         try:
             answer = _steps(report, source, uri, client if kill_worker else None, watch)
-            with report.step("draw", os.path.relpath(picture)):
+            with report.step("draw", os.path.normpath(picture)):
                 _draw(uri, answer, picture)
         finally:
             begin_cleaning()
@@ -123,7 +123,10 @@ def _base() -> str | None:
 
 def _prepare(directory: str, picture: str, source: LandMask) -> str:
     """Find out now what would fail later. Returns the path of the database to be."""
-    os.makedirs(directory, exist_ok=True)
+    try:
+        os.makedirs(directory, exist_ok=True)
+    except OSError as error:
+        raise click.ClickException(f"{directory}: {error.strerror}") from error
     path = os.path.join(os.path.abspath(directory), _DATABASE)
     if os.path.exists(path):
         raise click.ClickException(f"{path} exists already: remove it, or keep this one elsewhere")

@@ -126,11 +126,16 @@ def _show_area(connection: Any, base: bytes, area: Any) -> None:
     """Let the user's connection know that the database's root has got a staging area.
 
     Else its transaction would conflict if it changes the root, too. It is told what has just been committed over
-    the revision that it has; the storage checks that as it checks every change.
+    the revision that it has; the storage checks that as it checks every change. What it sees is an empty area, until
+    it moves on to a new snapshot.
     """
     root = connection.get(z64)
-    if isinstance(root, PersistentMapping) and root.data is not None and root._p_serial == base:
-        root.data[ROOT_KEY] = connection._reader.load_persistent(area._p_oid, OOBTree)
+    root._p_activate()
+    if isinstance(root, PersistentMapping) and root._p_serial == base:
+        shown = OOBTree()
+        shown._p_jar, shown._p_oid, shown._p_serial = connection, area._p_oid, area._p_serial
+        connection._cache[area._p_oid] = shown
+        root.data[ROOT_KEY] = shown
         root._p_serial = area._p_serial
 
 
@@ -221,7 +226,7 @@ _guard = threading.Lock()
 def _own_slot(job: Job) -> _Own:
     with _guard:
         own = _own.setdefault((os.getpid(), job.id), _Own(threading.Lock()))
-        for key in list(_own)[: len(_own) - REMEMBERED]:
+        for key in list(_own)[: max(0, len(_own) - REMEMBERED)]:
             if not _own[key].lock.locked():
                 del _own[key]
         return own

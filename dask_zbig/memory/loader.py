@@ -42,11 +42,12 @@ def ensure_loaders() -> None:
 def _run() -> None:
     request = ffi.new("zb_request *")
     while lib.zb_request_next(request) == 0:
+        if request.want & lib.ZB_WANT_NOTICE:
+            _raise_in(request.thread, _notice(request.error, request.position))
+            lib.zb_request_told(request)
         space = find_space(request.space)
         if space is None:
             continue
-        if request.want & lib.ZB_WANT_NOTICE:
-            _raise_in(request.thread, _notice(request.error, request.position))
         if request.want & lib.ZB_WANT_FILL:
             recheck = bool(request.want & lib.ZB_WANT_CHECK)
             _fill(space, request.position, request.thread, recheck)

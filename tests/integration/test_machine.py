@@ -224,7 +224,8 @@ class Machine(RuleBasedStateMachine):
 
     @rule()
     def pack(self):
-        if self.kind != "mapping" and not any(user.changed.any() for user in self.users):
+        """As ZODB is: whoever reads at an older snapshot may find it packed away."""
+        if self.kind != "mapping" and all(user.version == self.version for user in self.users):
             self.clients.db.pack()
 
     # -- what must hold

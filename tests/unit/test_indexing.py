@@ -84,9 +84,7 @@ def test_bounds():
     assert bounds(100, (), (), 4) == (100, 104)
 
 
-@pytest.mark.parametrize(
-    "index", [10, -11, (0, 0, 0), (..., ...), (..., 3), (0, -4), np.int64(10)], ids=repr
-)
+@pytest.mark.parametrize("index", [10, -11, (0, 0, 0), (..., ...), (..., 3), (0, -4), np.int64(10)], ids=repr)
 def test_refused(index):
     array = np.zeros((10, 3))
     with pytest.raises(IndexError):

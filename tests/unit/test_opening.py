@@ -189,9 +189,7 @@ def test_secrets_stay_secret(text):
 
 
 def test_mask():
-    assert (
-        uris.mask("postgres://u:p@h/d?dsn=password%3Dx&a=1") == "postgres://u:***@h/d?dsn=password%3D***&a=1"
-    )
+    assert uris.mask("postgres://u:p@h/d?dsn=password%3Dx&a=1") == "postgres://u:***@h/d?dsn=password%3D***&a=1"
     harmless = "<ssl>\n password-function my.module.function\n</ssl>\nzeo://localhost:1?blob_dir=/a@b:c"
     assert uris.mask(harmless) == harmless
 
@@ -216,17 +214,12 @@ def test_unknown_option(tmp_path):
 
 def test_locked_file(tmp_path, opened):
     path = tmp_path / "x.fs"
-    code = (
-        "import sys; from dask_zbig import database;"
-        "db = database.open(sys.argv[1]); print(1, flush=True); input()"
-    )
+    code = "import sys; from dask_zbig import database;db = database.open(sys.argv[1]); print(1, flush=True); input()"
     with subprocess.Popen(
         [sys.executable, "-c", code, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as other:
         assert other.stdout.readline() == "1\n"
-        with pytest.raises(
-            DatabaseUnavailableError, match=r"serve it with dz\.serve\(path\) or `dask-zbig serve`"
-        ):
+        with pytest.raises(DatabaseUnavailableError, match=r"serve it with dz\.serve\(path\) or `dask-zbig serve`"):
             database.open(path)
         other.communicate("\n", timeout=20)
     opened(path)  # a failed attempt holds nothing

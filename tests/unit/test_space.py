@@ -171,9 +171,7 @@ def test_write_freeze_and_write_again(directory):
     assert space.dirty_pages >= 2
     one = space.freeze()
     assert space.dirty_pages == 0
-    assert sorted(one.files) == sorted(
-        os.path.join(directory, n) for n in os.listdir(directory) if n != "base"
-    )
+    assert sorted(one.files) == sorted(os.path.join(directory, n) for n in os.listdir(directory) if n != "base")
     content = dict(written(one, 4 * BLOCK))
     assert content[0][:10] == DATA[:5] + b"\1" + DATA[6:10]
     assert content[3 * BLOCK][0] == 2

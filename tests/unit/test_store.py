@@ -573,6 +573,7 @@ def test_the_first_save_of_a_database_and_a_changed_root(connection, changed):
         root["x"] = 1
         del root["start"]
     to_zbigarray(da.ones(10), array)
+    assert list(root[ROOT_KEY]) == []  # as it was when the transaction began, more or less
     if "after" in changed:
         root["y"] = dz.ZBigArray(5)
         root["y"][:] = 3

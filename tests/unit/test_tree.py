@@ -248,7 +248,16 @@ def positions_of(file):
 
 T = 1 << 40
 places = st.integers(0, 10) | st.sampled_from(
-    [LEAF_BYTES - 1, LEAF_BYTES, LEAF_BYTES + 1, node_bytes(2) - 1, node_bytes(2), 3 * T, node_bytes(3), 2 * node_bytes(3)]
+    [
+        LEAF_BYTES - 1,
+        LEAF_BYTES,
+        LEAF_BYTES + 1,
+        node_bytes(2) - 1,
+        node_bytes(2),
+        3 * T,
+        node_bytes(3),
+        2 * node_bytes(3),
+    ]
 )
 
 
@@ -360,9 +369,7 @@ def test_damaged_leaf(state):
         ExtentLeaf().__setstate__((VERSION, *state))
 
 
-@pytest.mark.parametrize(
-    ("keys", "count"), [([1, 1], 2), ([2, 1], 2), ([1024], 1), ([0, 1], 1), ([0], 2)], ids=repr
-)
+@pytest.mark.parametrize(("keys", "count"), [([1, 1], 2), ([2, 1], 2), ([1024], 1), ([0, 1], 1), ([0], 2)], ids=repr)
 def test_damaged_node(keys, count):
     with pytest.raises(FormatError, match="ExtentNode"):
         ExtentNode(1).__setstate__((VERSION, 1, np.array(keys, "<u2").tobytes(), (Reference(b"x"),) * count))
