@@ -123,6 +123,7 @@ class OpenFile:
         window = self._window_for(lo, hi)
         if window.absent(lo, hi) < hi:
             self.fill(lo, hi)
+        window.saw(hi - lo)
         return window.view(position, shape, dtype, strides, self.writeable)
 
     @property
@@ -195,8 +196,8 @@ class OpenFile:
     def prefetch(self, lo: int, hi: int) -> None:
         """Map all of [lo, hi) now. Raises `LoadError`."""
         self.enter()
-        self._window_for(lo, hi)
-        self.fill(lo, hi, local_only=False)
+        if self._window_for(lo, hi).absent(lo, hi) < hi:
+            self.fill(lo, hi, local_only=False)
 
     def serve(self, lo: int, hi: int, recheck: bool) -> None:
         """For loaders: fill the blocks [lo, hi), and the rest of their leaf if that is at hand."""

@@ -28,6 +28,8 @@ __all__ = ["RUN", "Generation", "Service", "Space", "StaleFill", "Window", "find
 RUN = np.dtype([("start", "<u8"), ("stop", "<u8"), ("offset", "<u8"), ("file", "<u8")])
 _PIECE = np.dtype([("start", "<u8"), ("stop", "<u8"), ("offset", "<i8"), ("fd", "<i8")])
 _ESTALE = 116
+#: When the last view of a window goes, pages are given back if views of this many bytes were made.
+RELEASE_BYTES = 16 << 20
 
 _ids = itertools.count(1)
 _spaces: weakref.WeakValueDictionary[int, Space] = weakref.WeakValueDictionary()
@@ -67,7 +69,7 @@ class Window:
     Use `view` to get arrays. Thread-safe.
     """
 
-    __slots__ = ("__weakref__", "_bytes", "_handle", "_lease", "length", "space", "start")
+    __slots__ = ("__weakref__", "_handle", "_lease", "_seen", "length", "space", "start")
 
     def __init__(self, space: Space, start_: int, length: int) -> None:
         out = ffi.new("zb_window **")
@@ -78,6 +80,7 @@ class Window:
         self.start = start_
         self.length = -(-length // BLOCK) * BLOCK
         self._lease: weakref.ref[_Lease] | None = None
+        self._seen = 0  # bytes that views were made of since pages were given back
         weakref.finalize(self, lib.zb_window_free, self._handle)
 
     @property
@@ -100,8 +103,17 @@ class Window:
         lease = self._lease() if self._lease is not None else None
         if lease is None:
             lease = _Lease(self)
-            self._lease = weakref.ref(lease)
+            self._lease = weakref.ref(lease, self._idle_again)
         return np.ndarray(shape, dtype, lease.array(writeable), position - self.start, strides)
+
+    def saw(self, size: int) -> None:
+        """A view of `size` bytes is made."""
+        self._seen += size
+
+    def _idle_again(self, _: object) -> None:
+        """The last view is gone. Clean pages that stay mapped look like a leak to whoever watches the process."""
+        if self._seen >= RELEASE_BYTES:
+            self.release()
 
     @property
     def idle(self) -> bool:
@@ -138,6 +150,7 @@ class Window:
 
     def release(self) -> None:
         """Give resident pages back to the kernel; they come back from the page cache when touched."""
+        self._seen = 0
         check(lib.zb_release(self._handle), "release pages")
 
 

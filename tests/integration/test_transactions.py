@@ -224,6 +224,24 @@ def test_different_bytes_merge(merging, size, distance):
     assert a[5:7].tolist() == b[5:7].tolist() == [8, 7 if distance != 1 else 7]
 
 
+@pytest.mark.parametrize("first", [0, 1], ids=["joiner-first", "writer-first"])
+def test_compaction_is_no_change(merging, first):
+    """Small segments are joined by a commit now and then: that is nobody's change, and conflicts with none."""
+    merging.new(10_000, "u1")
+    one, A, two, B = merging.pair()
+    for k in range(15):
+        A[k * 100] = 1
+        one.commit()
+    two.begin()
+    A[5000] = 2  # with the 16th small commit they are joined
+    B[100] = 3
+    for client in [(one, two), (two, one)][first]:
+        client.commit()
+    one.begin()
+    two.begin()
+    assert A[[0, 100, 5000]].tolist() == B[[0, 100, 5000]].tolist() == [1, 3, 2]
+
+
 def test_who_commits_second_sees_the_merged_bytes(merging):
     merging.new(100, "u1")
     one, A, two, B = merging.pair()

@@ -6,6 +6,7 @@ import threading
 
 import numpy as np
 import pytest
+from ZODB.POSException import ConflictError
 
 from dask_zbig.memory._native import BLOCK
 
@@ -202,11 +203,16 @@ def test_many_connections_in_threads(merging):
             A = client.root["A"]
             a = A[:]
             for k in range(count):
-                client.begin()
-                assert a[number] == k
-                a[number] = k + 1
-                a[50_000 + number * 100 + k] = number + 1
-                client.commit()
+                while True:  # (in a storm of commits, one that joins small segments may conflict)
+                    client.begin()
+                    assert a[number] == k
+                    a[number] = k + 1
+                    a[50_000 + number * 100 + k] = number + 1
+                    try:
+                        client.commit()
+                        break
+                    except ConflictError:
+                        client.abort()
             client.close()
         except BaseException as error:  # noqa: BLE001
             errors.append(error)
