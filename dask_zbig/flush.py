@@ -104,7 +104,9 @@ def _compact(file: OpenFile, leaf: Any, target: Target) -> None:
     chosen = to_join(leaf.extents, leaf.refs)
     if not chosen:
         return
-    rows = _bridged(leaf.extents, np.isin(leaf.extents["segment"], chosen), len(leaf.refs))
+    mask = np.isin(leaf.extents["segment"], chosen)
+    rows = _bridged(leaf.extents, mask, len(leaf.refs))
+    moved = [(a, b, leaf.refs[i].key, offset) for a, b, i, offset in leaf.extents[mask].tolist()]
     sources: list[Source] = [file.source(ref) if i in chosen else BytesSource(b"") for i, ref in enumerate(leaf.refs)]
     sources.append(BytesSource(bytes(BRIDGE)))
     if target.blobs and ex.total(ex.covered(rows)) >= BLOB_BYTES:
@@ -113,14 +115,14 @@ def _compact(file: OpenFile, leaf: Any, target: Target) -> None:
         for lo, data in pieces(rows, sources, PACKED_BYTES):
             number, offset = packer.add(lo, data)
             new.append((lo, lo + len(data), number, offset))
-        leaf.splice(ex.make(new), store_files(file, target, packer.finish()))
+        leaf.join(ex.make(new), store_files(file, target, packer.finish()), moved)
         return
     parts, new, offset = [], [], 0
     for lo, data in pieces(rows, sources, INLINE_PIECE):
         new.append((lo, lo + len(data), 0, offset))
         parts.append(data)
         offset += len(data)
-    leaf.splice(ex.make(new), [store_inline(file, target.connection, b"".join(parts))])
+    leaf.join(ex.make(new), [store_inline(file, target.connection, b"".join(parts))], moved)
 
 
 def _bridged(extents: npt.NDArray[np.void], chosen: npt.NDArray[np.bool_], zeros: int) -> npt.NDArray[np.void]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import gc
 import os
 import sys
 
@@ -154,7 +153,6 @@ def open_clients(kind, directory, request):
                 connection.root().clear()
         stack.enter_context(clients._stack)  # (connections before databases)
         yield clients
-    gc.collect()
 
 
 @pytest.fixture(params=KINDS)

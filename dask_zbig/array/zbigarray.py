@@ -282,7 +282,6 @@ class ZBigArray(Persistent):  # type: ignore[misc]
             self.resize(before)
             raise
 
-
     def _as_values(self, values: npt.ArrayLike) -> npt.NDArray[Any]:
         """`values` as an ndarray; integers that come as Python's take this array's dtype, if they fit."""
         new = np.asarray(values)

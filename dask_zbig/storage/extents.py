@@ -32,8 +32,10 @@ __all__ = [
     "Keys",
     "Overlap",
     "Ranges",
+    "changed",
     "clip",
     "coalesce",
+    "combine",
     "covered",
     "cut",
     "diff",
@@ -47,6 +49,7 @@ __all__ = [
     "normalize",
     "one_range",
     "renumber",
+    "restrict",
     "splice",
     "subtract",
     "total",
@@ -203,7 +206,7 @@ def splice(old: Extents, new: Extents) -> Extents:
     >>> splice(make([(0, 10, 0, 0)]), make([(8, 12, 1, 0)])).tolist()
     [(0, 8, 0, 0), (8, 12, 1, 0)]
     """
-    return _interleave(_restrict(old, _complement(covered(new))), new)
+    return _interleave(restrict(old, _complement(covered(new))), new)
 
 
 def coalesce(extents: Extents) -> Extents:
@@ -242,7 +245,7 @@ def used(extents: Extents) -> _Indices:
     return np.unique(extents["segment"]).astype(np.intp)
 
 
-def _restrict(extents: Extents, ranges: Ranges) -> Extents:
+def restrict(extents: Extents, ranges: Ranges) -> Extents:
     """The parts inside the ranges."""
     starts, stops = extents["start"], extents["stop"]
     index, piece = _pieces(np.stack([starts, stops], 1), ranges)
@@ -415,13 +418,36 @@ def merge(
     >>> extents.tolist(), table
     ([(0, 2, 0, 0), (2, 4, 1, 2)], [('committed', 0), ('committed', 1)])
     """
+    ours = changed(old, keys_old, committed, keys_committed, new, keys_new)
+    return combine(committed, keys_committed, new, keys_new, ours)
+
+
+def changed(
+    old: Extents, keys_old: Keys, committed: Extents, keys_committed: Keys, new: Extents, keys_new: Keys
+) -> Ranges:
+    """The bytes that `new` changed of `old`. Raises `Overlap` if `committed` changed some of them otherwise.
+
+    >>> changed(empty(), [], empty(), [], make([(3, 5, 0, 0)]), ["x"]).tolist()
+    [[3, 5]]
+    """
     ours = diff(old, keys_old, new, keys_new)
     both = intersect(ours, diff(old, keys_old, committed, keys_committed))
     conflict = intersect(both, diff(committed, keys_committed, new, keys_new)) if len(both) else both
     if len(conflict):
         raise Overlap(conflict)
+    return ours
+
+
+def combine(
+    committed: Extents, keys_committed: Keys, new: Extents, keys_new: Keys, ours: Ranges
+) -> tuple[Extents, list[tuple[str, int]]]:
+    """`new` in the ranges `ours`, else `committed`; returned as by `merge`.
+
+    >>> combine(make([(0, 9, 0, 0)]), ["x"], make([(0, 9, 0, 0)]), ["y"], one_range(2, 4))[0].tolist()
+    [(0, 2, 0, 0), (2, 4, 1, 2), (4, 9, 0, 4)]
+    """
     committed, new = _identified((committed, keys_committed), (new, keys_new))
-    merged = coalesce(_interleave(_restrict(committed, _complement(ours)), _restrict(new, ours)))
+    merged = coalesce(_interleave(restrict(committed, _complement(ours)), restrict(new, ours)))
     indices, merged["segment"] = np.unique(merged["segment"], return_inverse=True)
     count = len(keys_committed)
     return merged, [("committed", i) if i < count else ("new", i - count) for i in indices.tolist()]

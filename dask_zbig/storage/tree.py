@@ -14,22 +14,23 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from persistent import Persistent
 from ZODB.POSException import ConflictError
 
 from dask_zbig.errors import FormatError
 from dask_zbig.storage import extents as ex
 from dask_zbig.storage.format import FANOUT, LEAF_BYTES, VERSION, unpack_state
+from dask_zbig.storage.leafstate import MOVED, NOT_MOVED, LeafState, Move, merge_leaves
 from dask_zbig.storage.segment import SegmentRef
 
 __all__ = ["ExtentLeaf", "ExtentNode", "Journal", "Truncation", "ZBigFile", "node_bytes", "on_store", "watch"]
 
-_SEGMENT = np.dtype([("length", "<u8"), ("checksum", "<u8")])
 _KEY = np.dtype("<u2")
 #: A resize makes this many leaves ahead (4 GiB): writers of different bytes conflict only where both would
 #: make the same leaf.
 LEAVES_AHEAD = 64
+#: A leaf notes where this many runs of bytes were before they were joined; of more it does not.
+MAX_MOVED = 64
 
 _watchers: weakref.WeakKeyDictionary[Any, Callable[[], None]] = weakref.WeakKeyDictionary()
 _storers: weakref.WeakKeyDictionary[Any, Callable[[Any], None]] = weakref.WeakKeyDictionary()
@@ -64,21 +65,23 @@ class _Watched(Persistent):  # type: ignore[misc]
 class ExtentLeaf(_Watched):
     """64 MiB of the extent map. Its extents are never changed in place, only replaced."""
 
-    extents: npt.NDArray[np.void]
+    extents: ex.Extents
     refs: tuple[SegmentRef, ...]
+    move: Move
 
     def __init__(self) -> None:
         self.extents = ex.empty()
         self.refs = ()
+        self.move = NOT_MOVED
 
     def __getstate__(self) -> tuple[Any, ...]:
-        table = np.array([(r.length, r.checksum) for r in self.refs], _SEGMENT)
-        return (VERSION, self.extents.tobytes(), table.tobytes(), tuple(r.obj for r in self.refs))
+        return LeafState(self.extents, self.refs, self.move).pack()
 
     def __setstate__(self, state: Any) -> None:
-        self.extents, self.refs = _decode_leaf(self, state)
+        loaded = LeafState.unpack(self, state)
+        self.extents, self.refs, self.move = loaded.extents, loaded.refs, loaded.move
 
-    def splice(self, new: npt.NDArray[np.void], refs: Sequence[SegmentRef]) -> None:
+    def splice(self, new: ex.Extents, refs: Sequence[SegmentRef]) -> None:
         """Put `new` extents, whose segment indices are into `refs`, over what is there."""
         keys = {r.key: i for i, r in enumerate(self.refs)}
         table = list(self.refs)
@@ -97,51 +100,39 @@ class ExtentLeaf(_Watched):
         if left.tobytes() != self.extents.tobytes():
             self._replace(left, self.refs)
 
-    def _replace(self, extents: npt.NDArray[np.void], table: Sequence[SegmentRef]) -> None:
+    def _replace(self, extents: ex.Extents, table: Sequence[SegmentRef]) -> None:
         extents = ex.coalesce(extents)
         used = ex.used(extents)
         mapping = np.zeros(len(table), np.int64)
         mapping[used] = np.arange(len(used))
         self.extents = ex.renumber(extents, mapping)
         self.refs = tuple(table[i] for i in used.tolist())
+        if self.move.to and all(r.key != self.move.to for r in self.refs):
+            self.move = NOT_MOVED  # nothing is left of it
+
+    def join(self, new: ex.Extents, refs: Sequence[SegmentRef], moved: Sequence[tuple[int, int, bytes, int]]) -> None:
+        """Put `new` extents in place, whose bytes are those that were there.
+
+        `moved`: (start, stop, oid, offset), where they were; noted if it is one segment that they went to, and
+        they are not too many.
+        """
+        self.splice(new, refs)
+        if len(refs) == 1 and len(moved) <= MAX_MOVED:
+            self.move = Move(refs[0].key, np.array(moved, MOVED))
 
     def _p_resolveConflict(self, old: Any, committed: Any, new: Any) -> Any:
         """Merge by byte range. The references are ZODB's placeholders here: only their oids may be looked at."""
-        states = [_decode_leaf(self, s) for s in (old, committed, new)]
-        keys = [[_identity(r.obj) for r in refs] for _, refs in states]
         try:
-            extents, table = ex.merge(states[0][0], keys[0], states[1][0], keys[1], states[2][0], keys[2])
+            return merge_leaves(*(LeafState.unpack(self, s) for s in (old, committed, new))).pack()
         except ex.Overlap as overlap:
             first = overlap.ranges[0].tolist()
             raise ConflictError(
                 f"bytes {first[0]}..{first[1]} of an array were changed by another transaction"
             ) from overlap
-        sides = {"committed": states[1][1], "new": states[2][1]}
-        refs = [sides[side][i] for side, i in table]
-        packed = np.array([(r.length, r.checksum) for r in refs], _SEGMENT)
-        return (VERSION, extents.tobytes(), packed.tobytes(), tuple(r.obj for r in refs))
 
 
 def _identity(reference: Any) -> tuple[Any, Any]:
     return (reference.oid, getattr(reference, "database_name", None))
-
-
-def _decode_leaf(leaf: ExtentLeaf, state: Any) -> tuple[npt.NDArray[np.void], tuple[SegmentRef, ...]]:
-    packed, table, objects = unpack_state(leaf, state, 3)
-    if not isinstance(packed, bytes) or not isinstance(table, bytes) or not isinstance(objects, tuple):
-        raise FormatError(f"ExtentLeaf {leaf._p_oid!r} has fields of wrong types")
-    if len(packed) % ex.EXTENT.itemsize or len(table) != len(objects) * _SEGMENT.itemsize:
-        raise FormatError(f"ExtentLeaf {leaf._p_oid!r} has tables of {len(packed)} and {len(table)} bytes")
-    if not packed and not objects:
-        return ex.empty(), ()
-    extents = np.frombuffer(packed, ex.EXTENT)
-    segments = np.frombuffer(table, _SEGMENT)
-    lo = int(extents["start"][0]) // LEAF_BYTES * LEAF_BYTES if len(extents) else 0
-    ex.validate(extents, segments["length"].tolist(), lo, lo + LEAF_BYTES)
-    refs = tuple(
-        SegmentRef(obj, length, checksum) for obj, (length, checksum) in zip(objects, segments.tolist(), strict=True)
-    )
-    return extents, refs
 
 
 class ExtentNode(_Watched):

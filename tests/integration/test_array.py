@@ -261,9 +261,7 @@ def test_sizes(conn, steps, order, ndim):
 
     A, a = dz.ZBigArray(shaped(3), "i4", order), np.zeros(shaped(3), "i4", order)
     conn.root()["sizes"] = A
-    value = 0
-    for kind, n in steps:
-        value += 1
+    for value, (kind, n) in enumerate(steps, 1):
         if kind == "resize":
             A.resize(shaped(n))
             bigger = np.zeros(shaped(n), "i4", order)

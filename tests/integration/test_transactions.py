@@ -221,7 +221,7 @@ def test_different_bytes_merge(merging, size, distance):
     one.commit()
     one.begin()
     two.begin()
-    assert a[5:7].tolist() == b[5:7].tolist() == [8, 7 if distance != 1 else 7]
+    assert a[5:7].tolist() == b[5:7].tolist() == [8, 7]
 
 
 @pytest.mark.parametrize("first", [0, 1], ids=["joiner-first", "writer-first"])
@@ -642,7 +642,7 @@ def test_a_reopened_connection_shows_nothing_of_its_last_user(clients):
 def until_raised(error, action, seconds=30.0):
     """An error of a fault comes at the next call or loop edge, not at once."""
     deadline = time.monotonic() + seconds
-    with pytest.raises(error):
+    with pytest.raises(error):  # noqa: PT012 - for the same reason
         while time.monotonic() < deadline:
             action()
             for _ in range(1000):
@@ -1069,7 +1069,7 @@ def test_disk_full_for_scratch(clients, tiny_disk):
         A, other = client.root["A"], client.root["other"]
         a = A[:]
         other[:] = 1
-        with pytest.raises(dz.ScratchError) as info:
+        with pytest.raises(dz.ScratchError) as info:  # noqa: PT012 - it comes a little later
             a[:] = 1
             for _ in range(10**6):
                 pass

@@ -121,7 +121,7 @@ def test_last_page_of_a_file_is_mapped_whole():
 @pytest.mark.parametrize("row", [(0, MIN_DIRECT, 0, 1), (0, MIN_DIRECT - PAGE, 0, 0)], ids=["skewed", "short"])
 def test_what_cannot_be_mapped_is_composed(row):
     pieces = plan(ex.make([row]), [Fake(0, 2 * MIN_DIRECT, True)], 0, MIN_DIRECT)
-    assert [p.kind for p in pieces][0] == "compose"
+    assert pieces[0].kind == "compose"
     assert "direct" not in [p.kind for p in pieces]
 
 

@@ -295,7 +295,7 @@ def test_write_as_a_call(directory):
 def raises_soon(error, action, seconds=30.0):
     """Errors of a fault are delivered at the next call or loop edge, not at once."""
     deadline = time.monotonic() + seconds
-    with pytest.raises(error) as info:
+    with pytest.raises(error) as info:  # noqa: PT012 - for the same reason
         while time.monotonic() < deadline:
             action()
             for _ in range(1000):

@@ -15,6 +15,7 @@ from dask_zbig.errors import FormatError, NotStoredError
 from dask_zbig.storage import extents as ex
 from dask_zbig.storage.format import FANOUT, LEAF_BYTES, VERSION
 from dask_zbig.storage.segment import InlineSegment, SegmentRef, checksum
+from dask_zbig.storage.leafstate import MOVED
 from dask_zbig.storage.tree import ExtentLeaf, ExtentNode, Journal, Truncation, ZBigFile, node_bytes
 
 N = 60  # bytes that the model looks at
@@ -318,7 +319,7 @@ GOOD = {
     Truncation: (VERSION, 0),
     Journal: (VERSION, ()),
     ExtentNode: (VERSION, 1, b"", ()),
-    ExtentLeaf: (VERSION, b"", b"", ()),
+    ExtentLeaf: (VERSION, b"", b"", (), b"", b""),
     InlineSegment: (VERSION, b"abc"),
     ZBigArray: (VERSION, (3,), "<f8", "C", None),
 }
@@ -366,7 +367,24 @@ ONE = (Reference(b"one_____"),)
 )
 def test_damaged_leaf(state):
     with pytest.raises(FormatError):
-        ExtentLeaf().__setstate__((VERSION, *state))
+        ExtentLeaf().__setstate__((VERSION, *state, b"", b""))
+    ExtentLeaf().__setstate__((VERSION, rows((0, 10, 0, 0)), table(10), ONE, b"", b""))  # this one is sound
+
+
+@pytest.mark.parametrize(
+    ("to", "moved"),
+    [
+        (b"short", b""),
+        (b"12345678", b"x"),
+        (b"12345678", np.array([(5, 5, b"a", 0)], MOVED).tobytes()),
+        (b"12345678", np.array([(5, 9, b"a", 0), (8, 10, b"a", 0)], MOVED).tobytes()),
+        ("12345678", b""),
+    ],
+    ids=repr,
+)
+def test_damaged_move(to, moved):
+    with pytest.raises(FormatError, match="move|types"):
+        ExtentLeaf().__setstate__((VERSION, rows((0, 10, 0, 0)), table(10), ONE, to, moved))
 
 
 @pytest.mark.parametrize(("keys", "count"), [([1, 1], 2), ([2, 1], 2), ([1024], 1), ([0, 1], 1), ([0], 2)], ids=repr)
@@ -380,7 +398,7 @@ def test_damaged_types(packed):
     with pytest.raises(FormatError):
         ExtentNode(1).__setstate__((VERSION, 1, packed, (Reference(b"x"),)))
     with pytest.raises(FormatError):
-        ExtentLeaf().__setstate__((VERSION, packed, table(10), ONE))
+        ExtentLeaf().__setstate__((VERSION, packed, table(10), ONE, b"", b""))
 
 
 # -- in a database

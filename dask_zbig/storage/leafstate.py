@@ -1,0 +1,124 @@
+"""The state of an extent leaf: how it is stored, and how three of them are merged.
+
+Joining small segments (`storage.compaction`) moves bytes to another segment without changing them. For a merge
+that must be no change, or a writer would conflict with whoever tidies up. So the leaf notes, of its last such
+move, where each byte was before; a merge looks at the bytes where they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dask_zbig.errors import FormatError
+from dask_zbig.storage import extents as ex
+from dask_zbig.storage.format import LEAF_BYTES, VERSION, unpack_state
+from dask_zbig.storage.segment import SegmentRef
+
+__all__ = ["MOVED", "NOT_MOVED", "LeafState", "Move", "merge_leaves"]
+
+_SEGMENT = np.dtype([("length", "<u8"), ("checksum", "<u8")])
+#: Bytes [start, stop) were in the segment of this oid, from `offset` on.
+MOVED = np.dtype([("start", "<u8"), ("stop", "<u8"), ("oid", "S8"), ("offset", "<u8")])
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """The last joining of segments: into the segment of oid `to` ("" if there is none), and from where."""
+
+    to: bytes
+    rows: npt.NDArray[np.void]
+
+
+NOT_MOVED = Move(b"", np.empty(0, MOVED))
+
+
+@dataclass(frozen=True, slots=True)
+class LeafState:
+    """What a leaf holds. The references are segments, or ZODB's placeholders for them in a merge."""
+
+    extents: ex.Extents
+    refs: tuple[SegmentRef, ...]
+    move: Move = NOT_MOVED
+
+    def pack(self) -> tuple[Any, ...]:
+        """As it is stored."""
+        table = np.array([(r.length, r.checksum) for r in self.refs], _SEGMENT)
+        objects = tuple(r.obj for r in self.refs)
+        return (
+            VERSION,
+            self.extents.tobytes(),
+            table.tobytes(),
+            objects,
+            self.move.to,
+            self.move.rows.tobytes(),
+        )
+
+    @classmethod
+    def unpack(cls, leaf: Any, state: Any) -> LeafState:
+        """From what was stored for `leaf`. Raises `FormatError` if that breaks the format's rules."""
+        packed, table, objects, to, moved = unpack_state(leaf, state, 5)
+        name = f"ExtentLeaf {leaf._p_oid!r}"
+        if not all(isinstance(b, bytes) for b in (packed, table, to, moved)) or not isinstance(objects, tuple):
+            raise FormatError(f"{name} has fields of wrong types")
+        if len(packed) % ex.EXTENT.itemsize or len(table) != len(objects) * _SEGMENT.itemsize:
+            raise FormatError(f"{name} has tables of {len(packed)} and {len(table)} bytes")
+        if len(to) not in (0, 8) or len(moved) % MOVED.itemsize:
+            raise FormatError(f"{name} notes a move to {to!r} in {len(moved)} bytes")
+        move = Move(to, np.frombuffer(moved, MOVED)) if to else NOT_MOVED
+        if np.any(move.rows["start"] >= move.rows["stop"]) or np.any(move.rows["start"][1:] < move.rows["stop"][:-1]):
+            raise FormatError(f"{name} notes a move of bytes that are not sorted and disjoint")
+        if not packed and not objects:
+            return cls(ex.empty(), (), move)
+        extents = np.frombuffer(packed, ex.EXTENT)
+        segments = np.frombuffer(table, _SEGMENT)
+        lo = int(extents["start"][0]) // LEAF_BYTES * LEAF_BYTES if len(extents) else 0
+        ex.validate(extents, segments["length"].tolist(), lo, lo + LEAF_BYTES)
+        refs = tuple(
+            SegmentRef(obj, length, checksum)
+            for obj, (length, checksum) in zip(objects, segments.tolist(), strict=True)
+        )
+        return cls(extents, refs, move)
+
+    def keys(self) -> list[Any]:
+        """The identities of the segments."""
+        return [(r.obj.oid, getattr(r.obj, "database_name", None)) for r in self.refs]
+
+    def before_move(self) -> tuple[ex.Extents, list[Any]]:
+        """The extents and their segments' identities as they would be if nothing had been joined."""
+        keys = self.keys()
+        joined = (self.move.to, None)
+        if not self.move.to or joined not in keys:
+            return self.extents, keys
+        rows = self.move.rows
+        origins = {oid: len(keys) + i for i, oid in enumerate(sorted(set(rows["oid"].tolist())))}
+        was = np.zeros(len(rows), ex.EXTENT)
+        for name in ("start", "stop", "offset"):
+            was[name] = rows[name]
+        was["segment"] = [origins[oid] for oid in rows["oid"].tolist()]
+        # What was written since lies in other segments; what was not moved there was a hole, filled to bridge it.
+        in_joined = self.extents["segment"] == keys.index(joined)
+        still = ex.restrict(was, ex.covered(self.extents[in_joined]))
+        return (
+            ex.splice(self.extents[~in_joined], still),
+            keys + [(oid.ljust(8, b"\0"), None) for oid in origins],  # NumPy drops trailing zeros
+        )
+
+
+def merge_leaves(old: LeafState, committed: LeafState, new: LeafState) -> LeafState:
+    """What both changed `old` to.
+
+    Raises
+    ------
+    Overlap
+        If they changed the same bytes.
+    """
+    was, theirs, ours = (side.before_move() for side in (old, committed, new))
+    changed = ex.changed(*was, *theirs, *ours)
+    extents, table = ex.combine(committed.extents, committed.keys(), new.extents, new.keys(), changed)
+    sides: dict[str, Sequence[SegmentRef]] = {"committed": committed.refs, "new": new.refs}
+    return LeafState(extents, tuple(sides[side][i] for side, i in table), committed.move)
