@@ -12,25 +12,26 @@ import contextlib
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from ZODB.POSException import ConflictError
 
 from dask_zbig.basemap import BaseMap, Leaf
-from dask_zbig.errors import LoadError, WindowError
-from dask_zbig.memory._native import BLOCK, PAGE
-from dask_zbig.memory.cache import CacheFile
+from dask_zbig.errors import LoadError
+from dask_zbig.mapping import Mapping
+from dask_zbig.memory._native import PAGE
 from dask_zbig.memory.loader import ensure_loaders
-from dask_zbig.memory.plan import Piece, Source, plan
-from dask_zbig.memory.space import Space, StaleFill, Window
+from dask_zbig.memory.plan import Source
+from dask_zbig.memory.space import StaleFill
 from dask_zbig.storage import extents as ex
 from dask_zbig.storage.format import LEAF_BYTES
 from dask_zbig.storage.segment import FileSource, SegmentReader, SegmentRef
 from dask_zbig.storage.tree import ZBigFile, on_store, watch
-from dask_zbig.trim import compose, trim
+from dask_zbig.trim import trim
 
 if TYPE_CHECKING:
     from dask_zbig.transaction import DataManager
@@ -39,11 +40,8 @@ __all__ = ["Layer", "OpenFile", "Owner"]
 
 #: A view loads at most this many leaves (64 GiB) when it is made; loaders do the rest when it is touched.
 EAGER_LEAVES = 1024
-#: A window that is made for an array leaves room for it to grow, up to this size.
-ROOMY = 1 << 45
-#: After a commit, changes up to this size stay where they are in memory; and a block that often in a row.
+#: After a commit, changes up to this size stay where they are in memory.
 KEEP_BYTES = 256 << 10
-MOVES = 64
 _END = 1 << 63
 
 
@@ -67,7 +65,7 @@ class Layer:
     scratch file. `exact`: every byte of it was changed, not just some of each page. `files`: scratch files.
     """
 
-    extents: npt.NDArray[np.void]
+    extents: ex.Extents
     sources: tuple[Source, ...]
     refs: tuple[SegmentRef | None, ...]
     exact: bool
@@ -92,17 +90,13 @@ class OpenFile:
         self.layers: tuple[Layer, ...] = ()
         self.flushed: tuple[Layer, ...] = ()
         self.local: dict[Any, Source] = {}  # of segments that this transaction made, by SegmentRef.key
-        self.space = Space(directory, self)
-        self._cache = CacheFile(directory)
+        self.mapping = Mapping(directory, self)
+        self.space = self.mapping.space
         self._lock = threading.RLock()  # of the tables below; never held while anything is loaded
         self._base = BaseMap(file, self._lock, _weakly(self, OpenFile._stale))
         self._superseded: dict[int, Leaf] = {}  # what dirty pages were made from, and is no more
         self._poisoned = ex.no_ranges()
-        self._dropped = ex.no_ranges()  # what is to be mapped again when that is possible
-        self._filled = ex.no_ranges()  # what was asked for since there are views
         self._merged = False  # whether there came an invalidation between the flush and the end of the commit
-        self._moved: dict[int, int] = {}  # blocks of the last small commit: how many in a row
-        self._window: Window | None = None
         self._limit = -1
         on_store(file, _weakly(self, OpenFile._before_store))
         watch(file, _weakly(self, OpenFile._stale, 0, _END))
@@ -120,7 +114,7 @@ class OpenFile:
     ) -> npt.NDArray[Any]:
         """An ndarray onto bytes [lo, hi), what is at hand of them mapped already."""
         self.enter()
-        window = self._window_for(lo, hi)
+        window = self.mapping.window(lo, hi, self._limit)
         if window.absent(lo, hi) < hi:
             self.fill(lo, hi)
         window.saw(hi - lo)
@@ -142,27 +136,6 @@ class OpenFile:
             self.space.set_limit(size)
             self._limit = size
 
-    def _window_for(self, lo: int, hi: int) -> Window:
-        window = self._window
-        if window is not None and window.start <= lo and hi <= window.stop:
-            return window
-        for other in self.space.windows():
-            if other.start <= lo and hi <= other.stop:
-                self._window = other
-                return other
-        size = max(hi, self.owner.nbytes)
-        if size <= ROOMY:
-            try:
-                self._window = self.space.window(0, min(max(2 * size, BLOCK), ROOMY))
-                return self._window
-            except WindowError:
-                pass  # there may still be room for what is asked
-        try:
-            self._window = self.space.window(lo, hi - lo)
-        except WindowError as e:
-            raise WindowError(f"a view of {hi - lo} bytes does not fit into the address space: {e}") from e
-        return self._window
-
     # -- filling
 
     def fill(self, lo: int, hi: int, *, local_only: bool = True) -> None:
@@ -179,12 +152,11 @@ class OpenFile:
         LoadError
             Not with `local_only`, which leaves out what cannot be loaded as well.
         """
-        with self._lock:
-            self._filled = ex.union(self._filled, ex.one_range(lo, hi))
+        self.mapping.asked(lo, hi)
         while True:
             try:
                 upto = self.resolve(lo, hi, EAGER_LEAVES if local_only else None)
-                self._map(lo, min(upto, hi), local_only)
+                self.mapping.map(self, lo, min(upto, hi), local_only)
                 return
             except StaleFill:
                 continue
@@ -196,18 +168,19 @@ class OpenFile:
     def prefetch(self, lo: int, hi: int) -> None:
         """Map all of [lo, hi) now. Raises `LoadError`."""
         self.enter()
-        if self._window_for(lo, hi).absent(lo, hi) < hi:
+        if self.mapping.window(lo, hi, self._limit).absent(lo, hi) < hi:
             self.fill(lo, hi, local_only=False)
 
     def serve(self, lo: int, hi: int, recheck: bool) -> None:
-        """For loaders: fill the blocks [lo, hi), and the rest of their leaf if that is at hand."""
+        """For loaders: fill the blocks [lo, hi)."""
         self._resolve_elsewhere(lo, hi)
         if recheck:
-            for source in self._sources(lo, hi):
-                check = getattr(source, "recheck", None)
+            extents, sources = self.content(lo, hi)
+            for i in ex.used(extents).tolist():
+                check = getattr(sources[i], "recheck", None)
                 if check is not None:
                     check()
-        self._map(lo, hi, False)
+        self.mapping.map(self, lo, hi, False)
 
     def failed(self, lo: int, hi: int, error: BaseException) -> None:
         """For loaders: the blocks become 0xFF; the transaction is doomed."""
@@ -215,67 +188,13 @@ class OpenFile:
             self.failure = self.failure or error
             self._poisoned = ex.union(self._poisoned, ex.one_range(lo, hi))
 
-    def _map(self, lo: int, hi: int, local_only: bool) -> None:
-        if lo >= hi:
-            return
-        while True:
-            epoch = self.space.epoch
-            try:
-                for window in self.space.windows():
-                    self._map_in(window, epoch, max(lo, window.start), min(hi, window.stop), local_only)
-                return
-            except StaleFill:
-                if len(self._base.missing(lo, hi)):
-                    raise  # what was resolved is gone: begin again
-
-    def _map_in(self, window: Window, epoch: int, lo: int, hi: int, local_only: bool) -> None:
-        while lo < hi:
-            start = window.absent(lo, hi)
-            if start >= hi:
-                return
-            stop = min(window.present(start, hi), window.stop)
-            for a, b in self._at_hand(start, stop) if local_only else [(start, stop)]:
-                rows, sources = self._rows(a, b)
-                window.fill(epoch, a, b, rows)
-                del sources  # which own the descriptors
-            lo = stop
-
-    def _at_hand(self, lo: int, hi: int) -> Iterator[tuple[int, int]]:
-        """The runs of blocks of [lo, hi) all of whose bytes are local."""
-        extents, sources = self.content(lo, hi)
-        far = [i for i in ex.used(extents).tolist() if not sources[i].local()]
-        remote = extents[np.isin(extents["segment"], far)]
-        missing = ex.normalize(
-            np.array(
-                [(s - s % BLOCK, -(-e // BLOCK) * BLOCK) for s, e in ex.covered(remote).tolist()], np.uint64
-            ).reshape(-1, 2)
-        )
-        yield from ex.subtract(ex.one_range(lo, hi), missing).tolist()
-
-    def _rows(self, lo: int, hi: int) -> tuple[list[tuple[int, int, int, int]], list[Source]]:
-        """Plan [lo, hi), compose what must be composed, and give what a window takes; and who owns the files."""
-        extents, sources = self.content(lo, hi)
-        return [self._row(p, extents, sources) for p in plan(extents, sources, lo, hi)], sources
-
-    def _row(self, p: Piece, extents: npt.NDArray[np.void], sources: Sequence[Source]) -> tuple[int, int, int, int]:
-        if p.kind == "hole":
-            return (p.start, p.stop, 0, -1)
-        if p.kind == "direct":
-            fd = sources[p.source].fileno()
-            assert fd is not None
-            return (p.start, p.stop, p.offset, fd)
-        fd, offset = self._cache.add(compose(extents, sources, p.start, p.stop))
-        return (p.start, p.stop, offset, fd)
-
     # -- what the bytes are
 
-    def content(
-        self, lo: int, hi: int, *, base_only: bool = False, layers: tuple[Layer, ...] | None = None
-    ) -> tuple[npt.NDArray[np.void], list[Source]]:
+    def content(self, lo: int, hi: int, *, base_only: bool = False) -> tuple[ex.Extents, list[Source]]:
         """Extents of [lo, hi) and their sources, as far as resolved: the base, and over it the layers."""
         with self._lock:
             extents, sources = self._base.extents(lo, hi, self.source)
-            over = () if base_only else self.layers if layers is None else layers
+            over = () if base_only else self.layers
         for layer in over:
             new = ex.clip(layer.extents, lo, hi)
             shift = np.arange(len(layer.sources)) + len(sources)
@@ -292,15 +211,15 @@ class OpenFile:
             raise LoadError(f"segment {ref.key!r} belongs to no database")
         return self.reader.source(ref)
 
-    def _sources(self, lo: int, hi: int) -> list[Source]:
-        extents, sources = self.content(lo, hi)
-        return [sources[i] for i in ex.used(extents).tolist()]
-
     # -- resolving: loading leaves
 
     def resolve(self, lo: int, hi: int, bound: int | None = None) -> int:
         """Load the leaves of [lo, hi), `bound` at most; returns how far they are known."""
         return self._base.resolve(lo, hi, bound)
+
+    def missing(self, lo: int, hi: int) -> ex.Ranges:
+        """The part of [lo, hi) whose leaves are not known."""
+        return self._base.missing(lo, hi)
 
     def _resolve_elsewhere(self, lo: int, hi: int) -> None:
         """As `resolve`, for loaders, which must not use the connection: by another one, at its snapshot."""
@@ -327,8 +246,7 @@ class OpenFile:
             for index, old in self._base.forget(lo, hi).items():
                 if dirty:
                     self._superseded.setdefault(index, old)
-            self._dropped = ex.union(self._dropped, ex.one_range(lo, hi))
-            self.space.drop(lo, hi)
+            self.mapping.drop(ex.one_range(lo, hi))
 
     def boundary(self) -> None:
         """The connection has moved to a new snapshot: forget what nobody told us about, map again."""
@@ -336,7 +254,7 @@ class OpenFile:
             self._stale(lo, hi)
         if self._superseded:
             self._reconcile()
-        self._refill()
+        self.mapping.refill(self)
 
     def _reconcile(self) -> None:
         """Pages were written after the last transaction ended, and now the next one begins at another base.
@@ -358,8 +276,6 @@ class OpenFile:
                 if not layer.exact:
                     inside = trim(inside, layer.sources, base, sources, self.owner.granule)
                 if len(ex.intersect(ex.covered(inside), theirs)):
-                    from ZODB.POSException import ConflictError
-
                     self.failure = ConflictError(
                         f"bytes of an array that were changed before the transaction began (in {lo}..{hi}) were "
                         f"changed by another transaction too"
@@ -367,27 +283,7 @@ class OpenFile:
                 rest = ex.cut(layer.extents, lo, hi)
                 layers.append(replace(layer, extents=ex.splice(rest, inside)))
             self.layers = tuple(layers)
-            self._dropped = ex.union(self._dropped, ex.one_range(lo, hi))
-            self.space.drop(lo, hi)
-
-    def _refill(self) -> None:
-        """Map again, for the views that live, what was dropped: system calls on them cannot fault."""
-        with self._lock:
-            again = ex.intersect(self._dropped, self._filled)
-            self._dropped = ex.no_ranges()
-        if all(w.idle for w in self.space.windows()):
-            with self._lock:
-                self._filled = ex.no_ranges()
-            return
-        for lo, hi in again.tolist():
-            with contextlib.suppress(LoadError, OSError):  # a loader tries again, and reports
-                self.fill(lo, hi)
-
-    def rest(self) -> None:
-        """Between transactions: nothing of a window that nobody looks at need stay resident."""
-        for window in self.space.windows():
-            if window.idle:
-                window.release()
+            self.mapping.drop(ex.one_range(lo, hi))
 
     # -- changes
 
@@ -418,7 +314,7 @@ class OpenFile:
         """Put a layer on top whose bytes are not mapped yet."""
         self.freeze()
         self.push(layer)
-        self._forget_mapped(ex.covered(layer.extents))
+        self._remap(ex.covered(layer.extents))
 
     def truncate(self, size: int) -> None:
         """Cut off everything from byte `size` on, of base and layers."""
@@ -426,7 +322,7 @@ class OpenFile:
         self._cut_layers(size)
         self.file.truncate(size)
         self._base.forget(size, _END)
-        self._forget_mapped(ex.one_range(size, _END))
+        self._remap(ex.one_range(size, _END))
 
     def clear_beyond(self, size: int) -> None:
         """Forget uncommitted bytes from `size` on: an old, longer view may have written there."""
@@ -435,18 +331,15 @@ class OpenFile:
         self.freeze()
         if any(len(ex.clip(layer.extents, size, _END)) for layer in self.layers):
             self._cut_layers(size)
-            self._forget_mapped(ex.one_range(size, _END))
+            self._remap(ex.one_range(size, _END))
 
     def _cut_layers(self, size: int) -> None:
         with self._lock:
             self.layers = tuple(replace(k, extents=ex.clip(k.extents, 0, size)) for k in self.layers)
 
-    def _forget_mapped(self, ranges: npt.NDArray[np.uint64]) -> None:
-        for lo, hi in ranges.tolist():
-            self.space.drop(lo, hi)
-        with self._lock:
-            self._dropped = ex.union(self._dropped, ranges)
-        self._refill()
+    def _remap(self, ranges: ex.Ranges) -> None:
+        self.mapping.drop(ranges)
+        self.mapping.refill(self)
 
     # -- the end of a transaction
 
@@ -467,33 +360,17 @@ class OpenFile:
             left = [f for f in layer.files if os.path.exists(f)]
             if not left:
                 continue  # its scratch files became segments just as they were
-            changed = ex.covered(layer.extents)
             # (with several layers one may lie over another)
-            if merged or len(flushed) > 1 or not self._keep_pages(layer, changed):
-                self._forget_mapped(changed)
+            if merged or len(flushed) > 1 or not self._keep(layer):
+                self._remap(ex.covered(layer.extents))
             _unlink(left)
 
-    def _keep_pages(self, layer: Layer, changed: npt.NDArray[np.uint64]) -> bool:
-        """Move the pages of a small change from its scratch file, which goes, to the cache.
-
-        That is cheaper than to map its blocks anew; now and then we do that nevertheless, because pages that are
-        moved one by one take a mapping each.
-        """
-        blocks = {int(p) // BLOCK for p in changed.ravel()}
-        self._moved = {b: self._moved.get(b, 0) for b in blocks}
-        aligned = not np.any(layer.extents["start"] % PAGE) and not np.any(layer.extents["stop"] % PAGE)
-        often = any(n >= MOVES for n in self._moved.values())
-        if not aligned or often or ex.total(changed) > KEEP_BYTES:
-            self._moved = {}
-            return False
-        rows = []
-        for start, stop, index, offset in layer.extents.tolist():
-            fd, place = self._cache.add(layer.sources[index].read(offset, stop - start))
-            rows.append((start, stop, place, fd))
-            for b in range(start // BLOCK, (stop - 1) // BLOCK + 1):
-                self._moved[b] = self._moved.get(b, 0) + 1
-        self.space.remap(rows)
-        return True
+    def _keep(self, layer: Layer) -> bool:
+        """Leave the pages of a small change where they are in memory, though their scratch file goes."""
+        extents = layer.extents
+        whole = not np.any(extents["start"] % PAGE) and not np.any(extents["stop"] % PAGE)
+        small = ex.total(ex.covered(extents)) <= KEEP_BYTES
+        return whole and small and self.mapping.move(extents, layer.sources)
 
     def discard(self) -> None:
         """Forget all changes, and what could not be loaded."""
@@ -510,11 +387,10 @@ class OpenFile:
             files += layer.files
         for lo, hi in changed.tolist():  # (leaves that the flush had changed, too, are not what they were)
             self._stale(lo, hi)
-        for lo, hi in poisoned.tolist():
-            self.space.drop(lo, hi)
+        self.mapping.drop(poisoned)
+        self.mapping.note_dropped(ex.one_range(0, _END))  # wherever the pages of the generation were
         self._superseded.clear()
         _unlink(files)
-        self._dropped = ex.one_range(0, _END)  # wherever the pages of the generation were
 
     def rollback(self, layers: tuple[Layer, ...]) -> None:
         """Back to a savepoint, at which there were these layers."""
@@ -524,7 +400,7 @@ class OpenFile:
             _unlink(f for f in layer.files if f not in kept)
         with self._lock:
             self.layers = layers
-        self._forget_mapped(ex.one_range(0, _END))
+        self._remap(ex.one_range(0, _END))
 
     def reset(self) -> None:
         """The array was new and its transaction was aborted: it is empty, and belongs to no database."""

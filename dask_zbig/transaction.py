@@ -242,11 +242,11 @@ class DataManager:
                 file._v_open = opened
                 continue
             opened.boundary()
-            opened.rest()
+            opened.mapping.rest()
 
     def newTransaction(self, current: Any) -> None:
         """A transaction begins. The connection tells, by `polled`, when it has moved to its snapshot."""
-        if any(not w.idle for f in self.files.values() for w in f.space.windows()):
+        if any(f.mapping.watched for f in self.files.values()):
             current.join(self)
             self._transaction = current
 

@@ -72,6 +72,7 @@ static void end(void)
     fx_gil_take();
     CHECK_OK(zb_discard(t.s, &first, &last));
     fx_scratch_remove(next_id, first, last);
+    next_id++; /* what is still asked for is not served */
     zb_window_free(t.w);
     zb_space_free(t.s);
     close(t.fd);
@@ -187,7 +188,8 @@ static void late(void (*what)(void))
     other_fd = fx_file(BLOCKS * B, 1000);
     t.serve = serve_late;
     fx_check_file(t.base + 2 * B, B, 1000, 2 * B);
-    CHECK_EQ(t.asked[2], 2);
+    CHECK_LE(2, t.asked[2]);
+    CHECK_LE(t.asked[2], 3); /* once more if it is asked for again before the late fill comes */
     close(other_fd);
     end();
 }

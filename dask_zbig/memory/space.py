@@ -6,6 +6,7 @@ lies behind the bytes is the business of the space's `Service`.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import itertools
 import os
@@ -81,7 +82,8 @@ class Window:
         self.length = -(-length // BLOCK) * BLOCK
         self._lease: weakref.ref[_Lease] | None = None
         self._seen = 0  # bytes that views were made of since pages were given back
-        weakref.finalize(self, lib.zb_window_free, self._handle)
+        # Not at exit: a thread that is still running may be looking at it.
+        weakref.finalize(self, lib.zb_window_free, self._handle).atexit = False
 
     @property
     def stop(self) -> int:
@@ -195,8 +197,7 @@ class Space:
         self.number = next(_ids)
         self._pid = os.getpid()
         self._prefix = f"zbig-{os.getpid()}-{secrets.token_hex(8)}"
-        self._directory = directory
-        self._directories: list[tuple[int, str]] = []  # scratch files from this number on lie there
+        self._place = [directory, self._prefix]  # (shared with the finalizer)
         out = ffi.new("zb_space **")
         check(
             lib.zb_space_new(out, self.number, os.fsencode(directory), self._prefix.encode()),
@@ -206,7 +207,7 @@ class Space:
         self._service = weakref.ref(service)
         self._windows: list[weakref.ref[Window]] = []
         self._lock = threading.Lock()
-        self._finalizer = weakref.finalize(self, _end_space, self._handle, directory, self._prefix)
+        weakref.finalize(self, _end_space, self._handle, self._place).atexit = False
         _spaces[self.number] = self
 
     @property
@@ -217,16 +218,14 @@ class Space:
     @property
     def directory(self) -> str:
         """Where scratch files are made."""
-        return self._directory
+        return self._place[0]
 
     def move_scratch(self, directory: str) -> None:
         """Make scratch files in another directory. Not while pages are dirty."""
         if self.dirty_pages:
             raise ValueError("the scratch directory cannot change while pages are dirty")
         check(lib.zb_space_scratch(self._handle, os.fsencode(directory)), f"use {directory!r}")
-        self._directory = directory
-        self._finalizer.detach()
-        self._finalizer = weakref.finalize(self, _end_space, self._handle, directory, self._prefix)
+        self._place[0] = directory
 
     def check_process(self) -> None:
         """Raise `ForkError` in a forked child."""
@@ -307,18 +306,30 @@ class Space:
         return self._paths(first[0], last[0])
 
     def _paths(self, first: int, last: int) -> list[str]:
-        return [os.path.join(self._directory, f"{self._prefix}-{k}") for k in range(first, last)]
+        return [os.path.join(self._place[0], f"{self._prefix}-{k}") for k in range(first, last)]
 
     def close(self) -> None:
         """No more service: see ``zb_space_close``."""
         lib.zb_space_close(self._handle)
 
 
-def _end_space(handle: Any, directory: str, prefix: str) -> None:
+def _forget_scratch(handle: Any, place: list[str]) -> None:
+    """Remove the files of changes that nobody will commit. Does nothing in a forked child."""
     first, last = ffi.new("uint64_t *"), ffi.new("uint64_t *")
     if lib.zb_discard(handle, first, last) == 0:
         for k in range(first[0], last[0]):
             with contextlib.suppress(OSError):
-                os.unlink(os.path.join(directory, f"{prefix}-{k}"))
+                os.unlink(os.path.join(place[0], f"{place[1]}-{k}"))
     lib.zb_space_close(handle)
+
+
+def _end_space(handle: Any, place: list[str]) -> None:
+    _forget_scratch(handle, place)
     lib.zb_space_free(handle)
+
+
+@atexit.register
+def _at_exit() -> None:
+    """The spaces that are left stay where they are; others may still use them."""
+    for space in list(_spaces.values()):
+        _forget_scratch(space._handle, space._place)

@@ -27,9 +27,10 @@ states, which are tuples that begin with the format's version. All integers are 
 
 ``dask_zbig.storage.tree.ExtentLeaf``
     ``(1, extents: bytes, segments: bytes, references: tuple, to: bytes, moved: bytes)``. 64 MiB of the file.
-    ``extents`` is an array of ``(start u8, stop u8, segment u4, offset u8)``, packed, sorted, disjoint, of positions in the whole
-    file; bytes in no extent are zeros. ``segments`` is an array of ``(length u8, checksum u8)``, one for each
-    of ``references``, which are the segments themselves. The checksum is the XXH3-64 of the ``length`` bytes.
+    ``extents`` is an array of ``(start u8, stop u8, segment u4, offset u8)``, packed, sorted, disjoint, of
+    positions in the whole file; bytes in no extent are zeros. ``segments`` is an array of
+    ``(length u8, checksum u8)``, one for each of ``references``, which are the segments themselves. The checksum
+    is the XXH3-64 of the ``length`` bytes.
     ``to`` is empty, or the oid of the segment into which bytes were last joined; then ``moved`` is an array of
     ``(start u8, stop u8, oid 8 bytes, offset u8)``: bytes that went there from the segment of that oid.
 

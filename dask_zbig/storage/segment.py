@@ -107,7 +107,7 @@ class FileSource:
             self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError as e:
             raise LoadError(e.errno, f"cannot open {path!r}: {e.strerror}") from e
-        self.close = weakref.finalize(self, _drop_file, self._fd, path)
+        self.close = weakref.finalize(self, _drop_file, self._fd, path, os.getpid())
         self.length = os.fstat(self._fd).st_size
 
     def local(self) -> bool:
@@ -120,10 +120,11 @@ class FileSource:
         return _read_all(self._fd, offset, size, self.path)
 
 
-def _drop_file(fd: int, path: str) -> None:
+def _drop_file(fd: int, path: str, pid: int) -> None:
     os.close(fd)
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
+    if os.getpid() == pid:  # a forked child has the same object, but the file is not its own
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
 
 
 def _read_all(fd: int, offset: int, size: int, what: object) -> bytes:

@@ -14,8 +14,8 @@ from dask_zbig.array.zbigarray import ZBigArray
 from dask_zbig.errors import FormatError, NotStoredError
 from dask_zbig.storage import extents as ex
 from dask_zbig.storage.format import FANOUT, LEAF_BYTES, VERSION
-from dask_zbig.storage.segment import InlineSegment, SegmentRef, checksum
 from dask_zbig.storage.leafstate import MOVED
+from dask_zbig.storage.segment import InlineSegment, SegmentRef, checksum
 from dask_zbig.storage.tree import ExtentLeaf, ExtentNode, Journal, Truncation, ZBigFile, node_bytes
 
 N = 60  # bytes that the model looks at
@@ -383,7 +383,7 @@ def test_damaged_leaf(state):
     ids=repr,
 )
 def test_damaged_move(to, moved):
-    with pytest.raises(FormatError, match="move|types"):
+    with pytest.raises(FormatError, match=r"move|types"):
         ExtentLeaf().__setstate__((VERSION, rows((0, 10, 0, 0)), table(10), ONE, to, moved))
 
 

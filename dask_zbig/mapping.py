@@ -1,0 +1,205 @@
+"""A file's bytes in memory: its windows, and filling them by what the bytes are.
+
+`Mapping` does not know where bytes come from or change. Its owner tells, as extents and sources (`Content`), and
+drops what is no longer true.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from dask_zbig.errors import LoadError, WindowError
+from dask_zbig.memory._native import BLOCK
+from dask_zbig.memory.cache import CacheFile
+from dask_zbig.memory.plan import Piece, Source, plan
+from dask_zbig.memory.space import Service, Space, StaleFill, Window
+from dask_zbig.storage import extents as ex
+from dask_zbig.trim import compose
+
+__all__ = ["Content", "Mapping"]
+
+#: A window that is made for an array leaves room for it to grow, up to this size.
+ROOMY = 1 << 45
+#: After a small commit pages are moved one by one, each taking a mapping, this often in a row in one block.
+MOVES = 64
+
+
+class Content(Service, Protocol):
+    """What a mapping asks of its owner. `content` and `missing` may be called from any thread."""
+
+    def content(self, lo: int, hi: int) -> tuple[ex.Extents, list[Source]]:
+        """What is known of the bytes [lo, hi)."""
+
+    def missing(self, lo: int, hi: int) -> ex.Ranges:
+        """The part of [lo, hi) of which nothing is known (any more)."""
+
+    def fill(self, lo: int, hi: int) -> None:
+        """Map what is at hand of [lo, hi)."""
+
+
+class Mapping:
+    """See the module. Thread-safe, but windows are made by the connection's thread.
+
+    Parameters
+    ----------
+    directory : str
+        For scratch and cache files.
+    owner : Content
+        Held weakly by the space, and by us for as long as we live.
+    """
+
+    def __init__(self, directory: str, owner: Content) -> None:
+        self.space = Space(directory, owner)
+        self._cache = CacheFile(directory)
+        self._lock = threading.Lock()
+        self._dropped = ex.no_ranges()  # what is to be mapped again when that is possible
+        self._filled = ex.no_ranges()  # what was asked for since there are views
+        self._moved: dict[int, int] = {}  # blocks of the last small commit: how many in a row
+        self._window: Window | None = None
+
+    # -- windows
+
+    def window(self, lo: int, hi: int, size: int) -> Window:
+        """A window onto [lo, hi) of a file that has `size` bytes now. Raises `WindowError`."""
+        window = self._window
+        if window is not None and window.start <= lo and hi <= window.stop:
+            return window
+        for other in self.space.windows():
+            if other.start <= lo and hi <= other.stop:
+                self._window = other
+                return other
+        size = max(hi, size)
+        if size <= ROOMY:
+            with contextlib.suppress(WindowError):  # there may still be room for what is asked
+                self._window = self.space.window(0, min(max(2 * size, BLOCK), ROOMY))
+                return self._window
+        try:
+            self._window = self.space.window(lo, hi - lo)
+        except WindowError as e:
+            raise WindowError(f"a view of {hi - lo} bytes does not fit into the address space: {e}") from e
+        return self._window
+
+    def rest(self) -> None:
+        """Between transactions: nothing of a window that nobody looks at need stay resident."""
+        for window in self.space.windows():
+            if window.idle:
+                window.release()
+
+    @property
+    def watched(self) -> bool:
+        """Whether a view is alive."""
+        return not all(w.idle for w in self.space.windows())
+
+    # -- filling
+
+    def asked(self, lo: int, hi: int) -> None:
+        """[lo, hi) is being looked at."""
+        with self._lock:
+            self._filled = ex.union(self._filled, ex.one_range(lo, hi))
+
+    def map(self, owner: Content, lo: int, hi: int, local_only: bool) -> None:
+        """Map what is absent of [lo, hi) in every window; `local_only`: as far as no server must be asked.
+
+        Raises
+        ------
+        StaleFill
+            If the owner has lost what it knew of these bytes.
+        """
+        while lo < hi:
+            epoch = self.space.epoch
+            try:
+                for window in self.space.windows():
+                    self._map_in(owner, window, epoch, max(lo, window.start), min(hi, window.stop), local_only)
+                return
+            except StaleFill:
+                if len(owner.missing(lo, hi)):
+                    raise
+
+    def _map_in(self, owner: Content, window: Window, epoch: int, lo: int, hi: int, local_only: bool) -> None:
+        while lo < hi:
+            start = window.absent(lo, hi)
+            if start >= hi:
+                return
+            stop = min(window.present(start, hi), window.stop)
+            for a, b in _at_hand(owner, start, stop) if local_only else [(start, stop)]:
+                extents, sources = owner.content(a, b)
+                rows = [self._row(p, extents, sources) for p in plan(extents, sources, a, b)]
+                window.fill(epoch, a, b, rows)
+                del sources  # which own the descriptors
+            lo = stop
+
+    def _row(self, p: Piece, extents: ex.Extents, sources: Sequence[Source]) -> tuple[int, int, int, int]:
+        if p.kind == "hole":
+            return (p.start, p.stop, 0, -1)
+        if p.kind == "direct":
+            fd = sources[p.source].fileno()
+            assert fd is not None
+            return (p.start, p.stop, p.offset, fd)
+        fd, offset = self._cache.add(compose(extents, sources, p.start, p.stop))
+        return (p.start, p.stop, offset, fd)
+
+    # -- dropping
+
+    def drop(self, ranges: ex.Ranges) -> None:
+        """The bytes are not what they were: unmap them, and note them for `refill`."""
+        with self._lock:
+            self._dropped = ex.union(self._dropped, ranges)
+        for lo, hi in ranges.tolist():
+            self.space.drop(lo, hi)
+
+    def note_dropped(self, ranges: ex.Ranges) -> None:
+        """As `drop`, for what is unmapped already."""
+        with self._lock:
+            self._dropped = ex.union(self._dropped, ranges)
+
+    def refill(self, owner: Content) -> None:
+        """Map again, for the views that live, what was dropped: system calls on them cannot fault."""
+        watched = self.watched
+        with self._lock:
+            again = ex.intersect(self._dropped, self._filled)
+            self._dropped = ex.no_ranges()
+            if not watched:
+                self._filled = ex.no_ranges()
+        for lo, hi in again.tolist() if watched else ():
+            with contextlib.suppress(LoadError, OSError):  # a loader tries again, and reports
+                owner.fill(lo, hi)
+
+    # -- moving
+
+    def move(self, extents: ex.Extents, sources: Sequence[Source]) -> bool:
+        """Show whole pages, whose files are to go, from the cache instead; or return False and do nothing.
+
+        That is cheaper than to map their blocks anew. But it takes a mapping each time, so now and then, in
+        blocks where it happens again and again, we refuse.
+        """
+        changed = ex.covered(extents)
+        blocks = {int(p) // BLOCK for p in changed.ravel()}
+        self._moved = {b: self._moved.get(b, 0) for b in blocks}
+        if any(n >= MOVES for n in self._moved.values()):
+            self._moved = {}
+            return False
+        rows = []
+        for start, stop, index, offset in extents.tolist():
+            fd, place = self._cache.add(sources[index].read(offset, stop - start))
+            rows.append((start, stop, place, fd))
+            for b in range(start // BLOCK, (stop - 1) // BLOCK + 1):
+                self._moved[b] = self._moved.get(b, 0) + 1
+        self.space.remap(rows)
+        return True
+
+
+def _at_hand(owner: Content, lo: int, hi: int) -> Iterator[tuple[int, int]]:
+    """The runs of blocks of [lo, hi) all of whose bytes are local."""
+    extents, sources = owner.content(lo, hi)
+    far = [i for i in ex.used(extents).tolist() if not sources[i].local()]
+    remote = ex.covered(extents[np.isin(extents["segment"], far)])
+    outward: npt.NDArray[Any] = remote.copy()
+    outward[:, 0] -= outward[:, 0] % BLOCK
+    outward[:, 1] += -outward[:, 1] % np.uint64(BLOCK)
+    yield from ex.subtract(ex.one_range(lo, hi), ex.normalize(outward)).tolist()
