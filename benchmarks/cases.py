@@ -149,8 +149,7 @@ def zbig_sparse(path: str, mib: int) -> dict[str, Any]:
 
 
 SIDES: dict[str, Callable[[str, int], dict[str, Any]]] = {
-    f.__name__: f
-    for f in (memmap_write, zbig_write, memmap_read, zbig_read, memmap_append, zbig_append, zbig_sparse)
+    f.__name__: f for f in (memmap_write, zbig_write, memmap_read, zbig_read, memmap_append, zbig_append, zbig_sparse)
 }
 
 if __name__ == "__main__":

@@ -25,14 +25,16 @@ BLOB_BYTES = 128 << 10
 def to_join(extents: npt.NDArray[np.void], refs: Sequence[SegmentRef]) -> list[int]:
     """Indices of the segments that one commit should join now; often none.
 
-    Only inline segments smaller than `BLOB_BYTES` count, by the bytes of them that are in use.
+    Inline segments count, and blobs most of which was overwritten, by the bytes of them that are in use, if these
+    are fewer than `BLOB_BYTES`.
     """
     sizes = np.zeros(len(refs), np.int64)
     np.add.at(sizes, extents["segment"], (extents["stop"] - extents["start"]).astype(np.int64))
     tiers: dict[int, list[int]] = {}
     for i, ref in enumerate(refs):
-        if ref.inline and ref.length < BLOB_BYTES:
-            tiers.setdefault(_tier(int(sizes[i])), []).append(i)
+        size = int(sizes[i])
+        if (ref.length if ref.inline else size) < BLOB_BYTES and (ref.inline or 2 * size < ref.length):
+            tiers.setdefault(_tier(size), []).append(i)
     chosen: list[int] = []
     for tier in sorted(tiers):
         chosen += tiers[tier]

@@ -105,9 +105,7 @@ def test_location_in_a_spawned_process(path):
 
 def test_exclusive_location_in_a_spawned_process(path):
     db = database.open(path)
-    with python(
-        CLIENT, pickle.dumps(database.location(db)).hex(), "00" * 8, stderr=subprocess.PIPE
-    ) as client:
+    with python(CLIENT, pickle.dumps(database.location(db)).hex(), "00" * 8, stderr=subprocess.PIPE) as client:
         _, trouble = client.communicate(timeout=30)
     db.close()
     assert f"FileStorage '{path}' can be opened by one process only" in trouble

@@ -263,10 +263,7 @@ def test_forked_children_do_not_matter(path):
     with python(code, path) as parent:
         out, _ = parent.communicate(timeout=30)
         assert out.endswith("alive\n")
-    end = (
-        "if not os.fork(): print(os.getpid(), flush=True); signal.pause()\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)"
-    )
+    end = "if not os.fork(): print(os.getpid(), flush=True); signal.pause()\n    os.kill(os.getpid(), signal.SIGKILL)"
     with python(SCRIPT.format(end), path) as parent:
         pid = parent.stdout.readline().split()[0]
         child = parent.stdout.readline()

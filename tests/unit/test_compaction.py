@@ -45,6 +45,14 @@ def test_blobs_and_what_became_one_are_never_joined():
     assert to_join(row(lengths), refs(*lengths)) == []
 
 
+def test_blobs_of_which_little_is_left_are_joined():
+    lengths = [1000] * WIDTH
+    little = [SegmentRef(Blob(), 200_000, 0) for _ in lengths]
+    assert sorted(to_join(row(lengths), little)) == list(range(WIDTH))
+    much = [BLOB_BYTES] * WIDTH
+    assert to_join(row(much), [SegmentRef(Blob(), 10 * n, 0) for n in much]) == []
+
+
 @pytest.mark.parametrize("size", [1, 1024, 60_000])
 def test_many_commits(size):
     """As flush does it: append a segment, join what should be joined."""
