@@ -493,7 +493,7 @@ out:
         free(out);
         return r;
     }
-    qsort(out, k, sizeof *out, by_start);
+    if (k) qsort(out, k, sizeof *out, by_start);
     *n = join_runs(out, k);
     *runs = out;
     return 0;

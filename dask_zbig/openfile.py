@@ -21,7 +21,7 @@ import numpy.typing as npt
 from ZODB.POSException import ConflictError
 
 from dask_zbig.basemap import BaseMap, Leaf
-from dask_zbig.errors import LoadError
+from dask_zbig.errors import LoadError, ZBigError
 from dask_zbig.mapping import Mapping
 from dask_zbig.memory._native import PAGE
 from dask_zbig.memory.loader import ensure_loaders
@@ -370,7 +370,12 @@ class OpenFile:
         extents = layer.extents
         whole = not np.any(extents["start"] % PAGE) and not np.any(extents["stop"] % PAGE)
         small = ex.total(ex.covered(extents)) <= KEEP_BYTES
-        return whole and small and self.mapping.move(extents, layer.sources)
+        if not (whole and small):
+            return False
+        try:
+            return self.mapping.move(extents, layer.sources)
+        except (OSError, ZBigError):  # the commit is done: what cannot be kept is mapped again when it is touched
+            return False
 
     def discard(self) -> None:
         """Forget all changes, and what could not be loaded."""

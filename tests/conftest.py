@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
-import sys
 
 import hypothesis
 import pytest
@@ -27,10 +26,14 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 
 def pytest_configure(config):
-    # capturing may have begun: what faulthandler writes must not go to a file that nobody will read
-    from _pytest.faulthandler import fault_handler_stderr_fd_key
+    # now, while nothing is captured: what faulthandler writes must not go to a file that nobody will read
+    config.zbig_stderr = os.dup(2)
 
-    config.zbig_stderr = config.stash.get(fault_handler_stderr_fd_key, None) or sys.__stderr__
+
+@pytest.fixture(autouse=True, scope="session")
+def _elsewhere(tmp_path_factory):
+    """Run outside of the clone: a child's Python would find the source tree there, not what is installed."""
+    os.chdir(tmp_path_factory.mktemp("elsewhere"))
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ import threading
 from typing import Any
 
 from dask_zbig.errors import ClosedError, ScratchError, WindowError, ZBigError
-from dask_zbig.memory._zbig import ffi, lib
+from dask_zbig.memory._core import ffi, lib
 
 __all__ = ["BLOCK", "PAGE", "check", "counters", "ffi", "lib", "start"]
 

@@ -53,7 +53,11 @@ def test_killed_writer(tmp_path, seed):
     acknowledged = 0
     for _ in range(4):
         with subprocess.Popen(
-            [sys.executable, "-c", WRITER, path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-c", WRITER, path],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         ) as process:
             assert process.stdout is not None
             for _ in range(chance.randrange(1, 12)):

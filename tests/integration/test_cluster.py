@@ -425,17 +425,16 @@ def test_a_worker_is_killed_in_the_middle(user, users, client, cluster, n):
     client.wait_for_workers(2, timeout=TIMEOUT)
 
 
-def die_once(block, marker):
-    """Kill the worker that gets here first."""
-    try:
-        os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
-    except FileExistsError:
-        return block
-    os.kill(os.getpid(), signal.SIGKILL)
-    return None
-
-
 def test_a_worker_dies_while_it_reads_and_computes(user, users, client, tmp_path):
+    def die_once(block, marker):  # (not of this module, which workers cannot import)
+        """Kill the worker that gets here first."""
+        try:
+            os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return block
+        os.kill(os.getpid(), signal.SIGKILL)
+        return None
+
     data = np.arange(500_000.0)
     array = user.new("A", data)
     x = dz.from_zbigarray(array, chunks=40_000)
