@@ -6,6 +6,7 @@ from dask_zbig.cluster.source import from_zbigarray
 from dask_zbig.database import open
 from dask_zbig.errors import (
     ClosedError,
+    CopyError,
     DatabaseUnavailableError,
     DatabaseURIError,
     DTypeError,
@@ -28,6 +29,7 @@ from dask_zbig.server import serve
 __all__ = [
     "ClosedError",
     "CommitCoordinator",
+    "CopyError",
     "DTypeError",
     "DatabaseURIError",
     "DatabaseUnavailableError",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 __all__ = [
     "ClosedError",
+    "CopyError",
     "DTypeError",
     "DatabaseURIError",
     "DatabaseUnavailableError",
@@ -59,6 +60,10 @@ class FormatError(ZBigError, ValueError):
 
 class DTypeError(ZBigError, TypeError):
     """A dtype that cannot be stored, such as ``object``, or values that cannot be cast to it."""
+
+
+class CopyError(ZBigError, TypeError):
+    """A stored array cannot be copied as a Python object: its bytes are elsewhere."""
 
 
 class ShapeError(ZBigError, ValueError):

@@ -7,14 +7,16 @@ drops what is no longer true.
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from ZODB.POSException import POSError
 
-from dask_zbig.errors import LoadError, WindowError
+from dask_zbig.errors import WindowError, ZBigError
 from dask_zbig.memory._native import BLOCK
 from dask_zbig.memory.cache import CacheFile
 from dask_zbig.memory.plan import Piece, Source, plan
@@ -24,10 +26,14 @@ from dask_zbig.trim import compose
 
 __all__ = ["Content", "Mapping"]
 
+_log = logging.getLogger(__name__)
+
 #: A window that is made for an array leaves room for it to grow, up to this size.
 ROOMY = 1 << 45
 #: After a small commit pages are moved one by one, each taking a mapping, this often in a row in one block.
 MOVES = 64
+#: Segments that are mapped at once: each takes a descriptor meanwhile.
+AT_ONCE = 128
 
 
 class Content(Service, Protocol):
@@ -113,13 +119,14 @@ class Mapping:
         """
         while lo < hi:
             epoch = self.space.epoch
+            if len(owner.missing(lo, hi)):  # (forgotten since the caller looked; what is not known looks like a hole)
+                raise StaleFill
             try:
                 for window in self.space.windows():
                     self._map_in(owner, window, epoch, max(lo, window.start), min(hi, window.stop), local_only)
                 return
             except StaleFill:
-                if len(owner.missing(lo, hi)):
-                    raise
+                continue
 
     def _map_in(self, owner: Content, window: Window, epoch: int, lo: int, hi: int, local_only: bool) -> None:
         while lo < hi:
@@ -128,11 +135,19 @@ class Mapping:
                 return
             stop = min(window.present(start, hi), window.stop)
             for a, b in _at_hand(owner, start, stop) if local_only else [(start, stop)]:
-                extents, sources = owner.content(a, b)
-                rows = [self._row(p, extents, sources) for p in plan(extents, sources, a, b)]
-                window.fill(epoch, a, b, rows)
-                del sources  # which own the descriptors
+                self._map_run(owner, window, epoch, a, b)
             lo = stop
+
+    def _map_run(self, owner: Content, window: Window, epoch: int, lo: int, hi: int) -> None:
+        extents, sources = owner.content(lo, hi)
+        if len(ex.used(extents)) > AT_ONCE and hi - lo > BLOCK:
+            middle = lo + (hi - lo) // 2 // BLOCK * BLOCK
+            self._map_run(owner, window, epoch, lo, middle)
+            self._map_run(owner, window, epoch, middle, hi)
+            return
+        rows = [self._row(p, extents, sources) for p in plan(extents, sources, lo, hi)]
+        window.fill(epoch, lo, hi, rows)
+        del sources  # which own the descriptors
 
     def _row(self, p: Piece, extents: ex.Extents, sources: Sequence[Source]) -> tuple[int, int, int, int]:
         if p.kind == "hole":
@@ -167,8 +182,10 @@ class Mapping:
             if not watched:
                 self._filled = ex.no_ranges()
         for lo, hi in again.tolist() if watched else ():
-            with contextlib.suppress(LoadError, OSError):  # a loader tries again, and reports
+            try:
                 owner.fill(lo, hi)
+            except (ZBigError, OSError, POSError) as e:  # a loader tries again, when it is touched, and reports
+                _log.warning("bytes %d..%d of %r cannot be mapped now: %s", lo, hi, owner, e)
 
     # -- moving
 

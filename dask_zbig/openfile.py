@@ -14,19 +14,19 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from ZODB.POSException import ConflictError
 
 from dask_zbig.basemap import BaseMap, Leaf
-from dask_zbig.errors import LoadError, ZBigError
+from dask_zbig.errors import ClosedError, LoadError, ZBigError
 from dask_zbig.mapping import Mapping
 from dask_zbig.memory._native import PAGE
 from dask_zbig.memory.loader import ensure_loaders
 from dask_zbig.memory.plan import Source
-from dask_zbig.memory.space import StaleFill
+from dask_zbig.memory.space import Generation, StaleFill
 from dask_zbig.storage import extents as ex
 from dask_zbig.storage.format import LEAF_BYTES
 from dask_zbig.storage.segment import FileSource, SegmentReader, SegmentRef
@@ -36,7 +36,7 @@ from dask_zbig.trim import trim
 if TYPE_CHECKING:
     from dask_zbig.transaction import DataManager
 
-__all__ = ["Layer", "OpenFile", "Owner"]
+__all__ = ["Layer", "OpenFile", "Owner", "State"]
 
 #: A view loads at most this many leaves (64 GiB) when it is made; loaders do the rest when it is touched.
 EAGER_LEAVES = 1024
@@ -72,6 +72,10 @@ class Layer:
     files: tuple[str, ...] = ()
 
 
+#: What a savepoint remembers of a file: its layers, and where it was truncated.
+State: TypeAlias = tuple[tuple[Layer, ...], int | None]
+
+
 class OpenFile:
     """See the module. Views may be used from any thread; all else from the connection's.
 
@@ -96,6 +100,7 @@ class OpenFile:
         self._base = BaseMap(file, self._lock, _weakly(self, OpenFile._stale))
         self._superseded: dict[int, Leaf] = {}  # what dirty pages were made from, and is no more
         self._poisoned = ex.no_ranges()
+        self._cut: int | None = None  # where this transaction has truncated the file, at the lowest
         self._merged = False  # whether there came an invalidation between the flush and the end of the commit
         self._limit = -1
         on_store(file, _weakly(self, OpenFile._before_store))
@@ -227,13 +232,19 @@ class OpenFile:
         if not len(missing):
             return
         epoch = self.space.epoch
-        if self.manager is None:
-            raise LoadError("the array has not been stored")
-        with self.manager.snapshot_connection() as other:
-            found = BaseMap.leaves_of(other.get(self.file._p_oid), missing)
+        if self.file._p_jar is None:  # it is in no database, and nothing of it needs loading
+            found = BaseMap.leaves_of(self.file, missing)
+        elif self.manager is None:
+            raise ClosedError("the connection of this array is closed")
+        else:
+            with self.manager.snapshot_connection() as other:
+                found = BaseMap.leaves_of(other.get(self.file._p_oid), missing)
         with self._lock:
             if self.space.epoch != epoch:
                 raise StaleFill
+            if self._cut is not None:  # which the other connection does not see
+                end = self._cut
+                found = {i: Leaf(ex.clip(leaf.extents, 0, end), leaf.refs) for i, leaf in found.items()}
             self._base.borrow(missing, found)
 
     # -- boundaries
@@ -298,12 +309,13 @@ class OpenFile:
             return
         with self._lock:  # a fill is planned before both, and then is stale, or after both
             generation = self.space.freeze()
-            files = generation.files
-            numbers = sorted(set(generation.runs["file"].tolist()))
-            index = {n: i for i, n in enumerate(numbers)}
-            sources = tuple(FileSource(files[n - generation.first_file]) for n in numbers)
-            rows = [(a, b, index[f], o) for a, b, o, f in generation.runs.tolist()]
-            self.push(Layer(ex.make(rows), sources, (None,) * len(sources), False, tuple(files)))
+            try:
+                self.push(_layer_of(generation))
+            except BaseException as e:  # it is in no layer: it can only be forgotten
+                self.failure = self.failure or e
+                self._poisoned = ex.union(self._poisoned, ex.normalize(_run_ranges(generation)))
+                _unlink(generation.files)
+                raise
 
     def push(self, layer: Layer) -> None:
         """Put a layer on top. The mapping of its bytes must be right already, or be dropped by the caller."""
@@ -320,6 +332,7 @@ class OpenFile:
         """Cut off everything from byte `size` on, of base and layers."""
         self.freeze()
         self._cut_layers(size)
+        self._cut = size if self._cut is None else min(size, self._cut)
         self.file.truncate(size)
         self._base.forget(size, _END)
         self._remap(ex.one_range(size, _END))
@@ -356,6 +369,8 @@ class OpenFile:
         flushed, self.flushed = self.flushed, ()
         merged, self._merged = self._merged, False  # if so, our pages lack what others committed
         self.local.clear()
+        self._cut = None
+        end = self.owner.nbytes
         for layer in flushed:
             left = [f for f in layer.files if os.path.exists(f)]
             if not left:
@@ -364,6 +379,8 @@ class OpenFile:
             if merged or len(flushed) > 1 or not self._keep(layer):
                 self._remap(ex.covered(layer.extents))
             _unlink(left)
+        if any(_holds_beyond(layer, end) for layer in flushed):
+            self._remap(ex.one_range(end, _END))
 
     def _keep(self, layer: Layer) -> bool:
         """Leave the pages of a small change where they are in memory, though their scratch file goes."""
@@ -384,6 +401,7 @@ class OpenFile:
             files = self.space.discard()
             self.failure = None
             self._merged = False
+            self._cut = None
             self.local.clear()
             poisoned, self._poisoned = self._poisoned, ex.no_ranges()
         changed = ex.no_ranges()
@@ -397,8 +415,14 @@ class OpenFile:
         self._superseded.clear()
         _unlink(files)
 
-    def rollback(self, layers: tuple[Layer, ...]) -> None:
-        """Back to a savepoint, at which there were these layers."""
+    def state(self) -> State:
+        """What a savepoint must remember. Freezes."""
+        self.freeze()
+        return self.layers, self._cut
+
+    def rollback(self, state: State) -> None:
+        """Back to a savepoint at which this was the state."""
+        layers, self._cut = state
         _unlink(self.space.discard())
         kept = {f for layer in layers for f in layer.files}
         for layer in self.layers:
@@ -415,6 +439,7 @@ class OpenFile:
         self.manager = None
         self.reader = None
         self._base.unwatch()
+        self.mapping.refill(self)
 
     def close(self) -> None:
         """The connection is closed: what is mapped stays readable."""
@@ -438,6 +463,18 @@ class OpenFile:
         store_new(self, jar)
 
 
+def _layer_of(generation: Generation) -> Layer:
+    numbers = sorted(set(generation.runs["file"].tolist()))
+    index = {n: i for i, n in enumerate(numbers)}
+    sources = tuple(FileSource(generation.files[n - generation.first_file]) for n in numbers)
+    rows = [(a, b, index[f], o) for a, b, o, f in generation.runs.tolist()]
+    return Layer(ex.make(rows), sources, (None,) * len(sources), False, tuple(generation.files))
+
+
+def _run_ranges(generation: Generation) -> npt.NDArray[np.uint64]:
+    return np.stack([generation.runs["start"], generation.runs["stop"]], 1)
+
+
 def _weakly(target: OpenFile, method: Any, *args: Any) -> Callable[..., None]:
     ref = weakref.ref(target)
 
@@ -447,6 +484,14 @@ def _weakly(target: OpenFile, method: Any, *args: Any) -> Callable[..., None]:
             method(alive, *args, *more)
 
     return call
+
+
+def _holds_beyond(layer: Layer, end: int) -> bool:
+    """Whether something was written past the array's end, by an old view that is longer than the array is now."""
+    tail = ex.clip(layer.extents, end, _END)
+    if ex.total(ex.covered(tail)) > PAGE:
+        return True
+    return any(any(layer.sources[i].read(offset, b - a)) for a, b, i, offset in tail.tolist())
 
 
 def _unlink(paths: Iterable[str]) -> None:

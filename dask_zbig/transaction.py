@@ -29,7 +29,7 @@ from dask_zbig import database
 from dask_zbig.config import get
 from dask_zbig.errors import ClosedError, NotStoredError
 from dask_zbig.flush import flush
-from dask_zbig.openfile import Layer, OpenFile, Owner
+from dask_zbig.openfile import OpenFile, Owner, State
 from dask_zbig.segmentwriter import Target
 from dask_zbig.storage.segment import reader
 from dask_zbig.storage.tree import ZBigFile
@@ -109,8 +109,8 @@ class DataManager:
         self.files: dict[ZBigFile, OpenFile] = {}
         self.flushing: set[ZBigFile] = set()
         self._transaction: Any = None  # the one we have joined
-        self._adopted: dict[ZBigFile, tuple[Layer, ...]] = {}  # by a savepoint of the connection alone
-        self._latest: dict[ZBigFile, tuple[Layer, ...]] | None = None  # the state of the last savepoint
+        self._adopted: dict[ZBigFile, State] = {}  # by a savepoint of the connection alone
+        self._latest: dict[ZBigFile, State] | None = None  # the state of the last savepoint
         self._cache = connection._cache
         self._blobs = database.has_blobs(connection)
         self.scratch = _scratch_directory(connection)
@@ -161,8 +161,12 @@ class DataManager:
         with contextlib.suppress(NoTransaction):  # explicit mode, outside of any: reading is allowed
             current = self.transaction_manager.get()
             if self._transaction is None:  # get() may have begun one, which calls newTransaction
-                current.join(self)
-                self._transaction = current
+                self._join(current)
+
+    def _join(self, current: Any) -> None:
+        current.join(self)
+        self._transaction = current
+        _watch_unjoin(current)
 
     @property
     def dirty(self) -> bool:
@@ -174,8 +178,7 @@ class DataManager:
         if not self.dirty or current.status == Status.COMMITFAILED:
             return
         if self._transaction is None:
-            current.join(self)
-            self._transaction = current
+            self._join(current)
         connection = self.connection
         if connection._needs_to_join:
             current.join(connection)
@@ -247,41 +250,46 @@ class DataManager:
     def newTransaction(self, current: Any) -> None:
         """A transaction begins. The connection tells, by `polled`, when it has moved to its snapshot."""
         if any(f.mapping.watched for f in self.files.values()):
-            current.join(self)
-            self._transaction = current
+            self._join(current)
 
     def polled(self) -> None:
         """The connection has processed invalidations: extents that changed are known to be stale."""
         self._snapshot = database.snapshot(self.connection)
-        for opened in self.files.values():
-            opened.boundary()
+        for file, opened in self.files.items():
+            if file._p_jar is not None:  # else it was new, and is about to be reset
+                opened.boundary()
 
     # -- savepoints
 
     def savepoint(self) -> _Savepoint:
         """Changes so far become layers that a rollback comes back to."""
-        for opened in self.files.values():
-            opened.freeze()
-        self._latest = {file: opened.layers for file, opened in self.files.items()}
+        self._latest = {file: opened.state() for file, opened in self.files.items()}
         return _Savepoint(self, self._latest)
 
     def join_savepoint(self, opened: OpenFile) -> None:
         """An array has become known by a savepoint, which is being taken, of the Connection: it is part of it."""
-        opened.freeze()
-        if self._latest is not None:
-            self._latest[opened.file] = opened.layers
-        else:  # we had no part in that savepoint: see `_guard`
-            self._adopted[opened.file] = opened.layers
+        # If we had no part in that savepoint, see `_guard`.
+        states = self._latest if self._latest is not None else self._adopted
+        states[opened.file] = opened.state()
 
     def connection_rolled_back(self) -> None:
         """The connection is back at a savepoint. If that was older than our first one we were not asked."""
         if self._latest is None and self._adopted:
             self.rollback(self._adopted)
+        for opened in self.files.values():  # what it has invalidated only we, in its thread, can load
+            opened.mapping.refill(opened)
 
-    def rollback(self, state: dict[ZBigFile, tuple[Layer, ...]]) -> None:
+    def stays(self, current: Any) -> bool:
+        """A rollback to a savepoint older than our part in the transaction wants us out of it. Do we go?"""
+        if any(f.mapping.watched for f in self.files.values()):
+            self._transaction = current  # no: these views may be written to
+            return True
+        return False
+
+    def rollback(self, state: dict[ZBigFile, State]) -> None:
         """Back to `state`."""
         for file, opened in self.files.items():
-            opened.rollback(state.get(file, ()))
+            opened.rollback(state.get(file, ((), None)))
 
     # -- closing
 
@@ -294,12 +302,25 @@ class DataManager:
 
 
 class _Savepoint:
-    def __init__(self, manager: DataManager, state: dict[ZBigFile, tuple[Layer, ...]]) -> None:
+    def __init__(self, manager: DataManager, state: dict[ZBigFile, State]) -> None:
         self._manager = manager
         self._state = state
 
     def rollback(self) -> None:
         self._manager.rollback(self._state)
+
+
+def _watch_unjoin(current: Any) -> None:
+    """Have a transaction ask before it lets a data manager of ours go: its views may be written to after that."""
+    if "_unjoin" in current.__dict__:
+        return
+    cls = type(current)
+
+    def unjoin(self: Any, resource: Any) -> None:
+        if not (isinstance(resource, DataManager) and resource.stays(self)):
+            cls._unjoin(self, resource)
+
+    current._unjoin = types.MethodType(unjoin, current)
 
 
 def _guard(connection: Any) -> None:

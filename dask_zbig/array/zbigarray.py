@@ -12,7 +12,7 @@ import numpy.typing as npt
 from persistent import Persistent
 
 from dask_zbig.array.indexing import Geometry, is_basic, locate, strides_of
-from dask_zbig.errors import DTypeError, ShapeError
+from dask_zbig.errors import CopyError, DTypeError, ShapeError
 from dask_zbig.openfile import OpenFile
 from dask_zbig.storage.format import VERSION, unpack_state
 from dask_zbig.storage.tree import ZBigFile
@@ -88,6 +88,15 @@ class ZBigArray(Persistent):  # type: ignore[misc]
         shape, descr, self._order, self._file = unpack_state(self, state, 4)
         self._shape = tuple(shape)
         self._dtype = np.lib.format.descr_to_dtype(descr)
+
+    def __copy__(self) -> ZBigArray:
+        raise CopyError(
+            f"{self!r} cannot be copied by copy.copy: make another array, B = ZBigArray(A.shape, A.dtype, A.order), "
+            f"and assign, B[...] = A"
+        )
+
+    def __deepcopy__(self, memo: Any) -> ZBigArray:
+        return self.__copy__()
 
     def _open(self) -> OpenFile:
         file = self._file  # (loads this object, if need be)

@@ -154,8 +154,9 @@ def _stage_blob(
     job: Job,
     directory: str,
 ) -> Manifest:
-    # At the same offset modulo a block as in the array: then whole pages, and huge ones, can be mapped.
-    pad = int(starts[0]) % (BLOCK if len(starts) == 1 else PAGE)
+    # At the same offset modulo a page as in the array: then whole pages can be mapped. Modulo a block, where the
+    # hole that this makes in the file is small beside the data: then huge ones can.
+    pad = int(starts[0]) % (BLOCK if len(starts) == 1 and len(flat) >= 4 * BLOCK else PAGE)
     path = os.path.join(directory, f"zbig-stage-{os.getpid()}-{secrets.token_hex(8)}")
     try:
         try:

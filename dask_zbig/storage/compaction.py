@@ -17,6 +17,8 @@ from dask_zbig.storage.segment import SegmentRef
 __all__ = ["BLOB_BYTES", "to_join"]
 
 WIDTH = 16
+#: No more than this are joined at once: each takes a descriptor meanwhile.
+MOST = 256
 _SMALLEST = 1 << 12
 #: A joined segment of this size becomes a blob, where there are blobs, and is not joined again.
 BLOB_BYTES = 128 << 10
@@ -39,7 +41,7 @@ def to_join(extents: npt.NDArray[np.void], refs: Sequence[SegmentRef]) -> list[i
     for tier in sorted(tiers):
         chosen += tiers[tier]
         if len(chosen) >= WIDTH:
-            return chosen
+            return chosen[:MOST]
         if chosen and len(tiers[tier]) < WIDTH:
             chosen = []
     return []

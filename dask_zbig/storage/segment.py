@@ -210,6 +210,8 @@ class SegmentReader:
     def source(self, ref: SegmentRef) -> SegmentSource:
         """The source of a committed segment; one per segment while anybody uses it."""
         oid = ref.obj._p_oid if isinstance(ref.obj, Persistent) else ref.obj.oid
+        if oid is None:
+            raise LoadError(f"a segment of {ref.length} bytes was never committed")
         source = self._sources.get(oid)
         if source is None:
             source = self._sources.setdefault(oid, SegmentSource(self, oid, ref))
@@ -252,6 +254,9 @@ class SegmentReader:
         helper = getattr(self._storage, "fshelper", None)
         if helper is None or not self._downloads():
             return True
+        connected = getattr(self._storage, "is_connected", None)
+        if oid not in self._serials and connected is not None and not connected():
+            return False  # (to ask would be to wait for the server)
         try:
             serial = self._blob_serial(oid, "a segment")
         except LoadError:
@@ -264,14 +269,15 @@ class SegmentReader:
 
     def open_blob(self, oid: bytes, length: int, expected: int, what: object) -> int:
         """A descriptor of a blob's file, of the right length (and, if it was downloaded, checksum)."""
-        serial = self._blob_serial(oid, what)
         for last_try in (False, True):
+            serial = self._blob_serial(oid, what)
             try:
                 path = self._call(self._storage.loadBlob, oid, serial)
                 fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             except Exception as e:  # as in _load
                 if last_try:
                     raise LoadError(f"cannot open the file of {what}: {type(e).__name__}: {e}") from e
+                self._serials.pop(oid, None)  # undo and pack may have put another revision in its place
                 continue
             problem = self._problem(fd, oid, length, expected)
             if problem is None:
