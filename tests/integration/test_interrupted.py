@@ -1,0 +1,132 @@
+"""Transactions that go wrong in odd places, and leave everything right."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import dask
+import pytest
+import transaction
+from ZODB.POSException import ConflictError
+
+import dask_zbig as dz
+from dask_zbig import openfile
+from dask_zbig.transaction import manager_of
+
+
+@pytest.fixture
+def db(tmp_path):
+    db = dz.open(tmp_path / "x.fs")
+    with dask.config.set({"zbig.load-timeout": "1s"}):
+        yield db
+    db.close()
+
+
+@pytest.fixture
+def connect(db):
+    open_ = []
+
+    def connect():
+        connection = db.open(transaction.TransactionManager())
+        open_.append(connection)
+        return connection, connection.transaction_manager
+
+    yield connect
+    for connection in open_:
+        if connection.opened is not None:
+            connection.transaction_manager.abort()
+            connection.close()
+
+
+@pytest.mark.parametrize("savepoint", [False, True])
+def test_a_conflict_in_a_transaction_with_a_new_array(connect, savepoint):
+    (one, mine), (two, theirs) = connect(), connect()
+    one.root()["A"] = array = dz.ZBigArray(5 << 20, "u1")
+    mine.commit()
+    view = array[:]
+    theirs.begin()
+    two.root()["A"][:] = 1
+    theirs.commit()
+    view[:] = 2
+    one.root()["N"] = new = dz.ZBigArray(5 << 20, "u1")
+    new[:] = 7
+    of_new = new[:]
+    if savepoint:
+        mine.savepoint()
+    with pytest.raises(ConflictError):
+        mine.commit()
+    mine.abort()
+    assert view[5] == 1
+    assert of_new[5] == 0
+    one.root()["N"] = new
+    of_new[3] = 4
+    mine.commit()
+    theirs.begin()
+    assert two.root()["N"][2:5].tolist() == [0, 4, 0]
+
+
+def test_a_freeze_that_is_interrupted(connect, monkeypatch):
+    connection, manager = connect()
+    connection.root()["A"] = array = dz.ZBigArray(5 << 20, "u1")
+    manager.commit()
+    view = array[:]
+    view[:: 2 << 20] = 1
+
+    def interrupted(path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(openfile, "FileSource", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            manager.commit()
+    manager.abort()
+    assert not view.any()
+    assert [f for f in os.listdir(connection._normal_storage.temporaryDirectory()) if f.startswith("zbig")] == []
+    view[1] = 2
+    manager.commit()
+    assert view[:3].tolist() == [0, 2, 0]
+
+
+def test_undo_redo_and_pack_in_a_process_that_has_read_the_segment(db, connect):
+    connection, manager = connect()
+    connection.root()["A"] = array = dz.ZBigArray(3 << 20, "u1")
+    manager.commit()
+    array[:] = 1
+    manager.commit()
+    assert connect()[0].root()["A"][5] == 1
+
+    def undo():
+        db.undo(db.undoInfo(0, 1)[0]["id"], manager.get())
+        manager.commit()
+
+    undo()
+    assert array[5] == 0
+    undo()
+    assert array[5] == 1
+    db.pack(time.time() + 1)
+    assert connect()[0].root()["A"][5] == 1
+
+
+def test_a_fill_that_was_planned_before_a_boundary(connect):
+    """What a boundary has forgotten is not a hole: whoever plans by it must begin again."""
+    (one, mine), (two, theirs) = connect(), connect()
+    one.root()["A"] = array = dz.ZBigArray(3 << 20, "u1")
+    array[:] = 1
+    mine.commit()
+    theirs.begin()
+    view = two.root()["A"][:]
+    opened = next(iter(manager_of(two).files.values()))
+    resolve = opened._resolve_elsewhere
+    raced = []
+
+    def resolve_then_forget(lo, hi):
+        resolve(lo, hi)
+        if not raced:
+            raced.append(True)
+            opened._stale(0, 1 << 63)
+
+    opened._resolve_elsewhere = resolve_then_forget
+    opened.space.drop(0, 1 << 63)
+    assert view[5] == 1  # a loader serves it
+    assert raced
