@@ -29,6 +29,7 @@ from dask_zbig import database
 from dask_zbig.config import get
 from dask_zbig.errors import ClosedError, NotStoredError
 from dask_zbig.flush import flush
+from dask_zbig.memory._native import recount_mappings
 from dask_zbig.openfile import OpenFile, Owner, State
 from dask_zbig.segmentwriter import Target
 from dask_zbig.storage.segment import reader
@@ -246,6 +247,7 @@ class DataManager:
                 continue
             opened.boundary()
             opened.mapping.rest()
+        recount_mappings()
 
     def newTransaction(self, current: Any) -> None:
         """A transaction begins. The connection tells, by `polled`, when it has moved to its snapshot."""

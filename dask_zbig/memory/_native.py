@@ -18,10 +18,13 @@ from typing import Any
 from dask_zbig.errors import ClosedError, ScratchError, WindowError, ZBigError
 from dask_zbig.memory._core import ffi, lib
 
-__all__ = ["BLOCK", "PAGE", "check", "counters", "ffi", "lib", "start"]
+__all__ = ["BLOCK", "PAGE", "check", "counters", "ffi", "lib", "recount_mappings", "start"]
 
 PAGE: int = lib.ZB_PAGE
 BLOCK: int = lib.ZB_BLOCK
+
+#: The core widens small writes from 16,000 mappings on; below that its estimate need not be right.
+RECOUNT = 12_000
 
 _started = False
 _start_lock = threading.Lock()
@@ -78,6 +81,22 @@ def check(result: int, what: str) -> None:
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOENT, errno.EACCES, errno.EROFS):
         raise ScratchError(number, text)
     raise ZBigError(text)
+
+
+_recount_at = RECOUNT
+
+
+def recount_mappings() -> None:
+    """Correct the core's estimate of its mappings, which only rises, if it has become large. Else costs nothing."""
+    global _recount_at
+    count = ffi.new("zb_count *")
+    lib.zb_counters(count)
+    if count.mappings < _recount_at:
+        return
+    with open("/proc/self/maps", "rb") as maps:
+        true = maps.read().count(b"\n")
+    lib.zb_mappings_set(true)
+    _recount_at = max(RECOUNT, true + true // 4)
 
 
 def counters() -> dict[str, int]:

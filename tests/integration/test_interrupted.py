@@ -12,6 +12,7 @@ from ZODB.POSException import ConflictError
 
 import dask_zbig as dz
 from dask_zbig import openfile
+from dask_zbig.memory._native import counters, lib
 from dask_zbig.transaction import manager_of
 
 
@@ -106,6 +107,15 @@ def test_undo_redo_and_pack_in_a_process_that_has_read_the_segment(db, connect):
     assert array[5] == 1
     db.pack(time.time() + 1)
     assert connect()[0].root()["A"][5] == 1
+
+
+def test_the_estimate_of_mappings_is_corrected(connect):
+    connection, manager = connect()
+    connection.root()["A"] = array = dz.ZBigArray(3 << 20, "u1")
+    array[0] = 1
+    lib.zb_mappings_set(1_000_000)
+    manager.commit()
+    assert counters()["mappings"] < 12_000
 
 
 def test_a_fill_that_was_planned_before_a_boundary(connect):
