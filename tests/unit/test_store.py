@@ -185,17 +185,18 @@ def test_runs_longer_than_the_pieces_of_inline_segments(connection, monkeypatch)
     assert not array[:, 150:].any()
 
 
-def test_a_segment_lies_as_the_array_does(local):
-    """At the same offset in a block: or the kernel could not map whole pages of it, and huge ones."""
-    array = stored(local, np.zeros(4 * BLOCK, "u1"))
+@pytest.mark.parametrize(("size", "unit"), [(4 * BLOCK, BLOCK), (BLOCK, 4096)])
+def test_a_segment_lies_as_the_array_does(local, size, unit):
+    """At the same offset in a page, or the kernel could not map it; a large one in a block: huge pages, then."""
+    array = stored(local, np.zeros(8 * BLOCK, "u1"))
     job = begin_job(dz.database.location(local.db()), local)
     for start in (0, 4096, BLOCK + 12345):
-        place = Place(0, start, (BLOCK,), (1,), array.dtype)
-        manifest = stage(np.ones(BLOCK, "u1"), place, job)
+        place = Place(0, start, (size,), (1,), array.dtype)
+        manifest = stage(np.ones(size, "u1"), place, job)
         (extent,) = np.frombuffer(manifest.extents, ex.EXTENT).tolist()
-        assert extent == (start, start + BLOCK, 0, start % BLOCK)
+        assert extent == (start, start + size, 0, start % unit)
         assert len(manifest.segments) == 1
-        assert manifest.segments[0].length == start % BLOCK + BLOCK
+        assert manifest.segments[0].length == start % unit + size
         assert not manifest.segments[0].inline
     end_job(job)
 
