@@ -56,7 +56,7 @@ def run(
     started = time.perf_counter()
     picture = picture or os.path.join(keep or ".", _PICTURE)
     report = Report()
-    with _stoppable() as begin_cleaning, ExitStack() as stack:
+    with _stoppable(report) as begin_cleaning, ExitStack() as stack:
         private = stack.enter_context(closing(PrivateDirectory("demo", _base())))
         path = _prepare(keep or private.path, picture, source)
         memory = stack.enter_context(PeakMemory())
@@ -183,13 +183,22 @@ def _bar(fraction: float) -> str:
 
 
 @contextmanager
-def _stoppable() -> Iterator[Callable[[], None]]:
+def _stoppable(report: Report) -> Iterator[Callable[[], None]]:
     """Let Ctrl-C and its like unwind everything. What is yielded says that unwinding has begun: no more of them."""
+    stopped: list[int] = []
 
     def stop(number: int, _: object) -> None:
-        click.echo("\nstopped, cleaning up", err=True)
+        if not stopped:
+            click.echo("\nstopped, cleaning up", err=True)
+        stopped.append(number)
         logging.disable()  # what is interrupted may complain
         raise SystemExit(128 + number)
+
+    def stop_again() -> None:
+        if stopped:  # Python drops what is raised while a finalizer runs
+            raise SystemExit(128 + stopped[0])
+
+    report.check = stop_again
 
     def ignore() -> None:
         for number in _SIGNALS:

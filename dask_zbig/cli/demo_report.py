@@ -47,6 +47,7 @@ class Report:
         self._terminal = sys.stderr.isatty()
         self._shown = 0.0
         self._bar = False
+        self.check: Callable[[], None] = lambda: None  # called between steps; may raise
 
     def line(self, text: str = "", *, bold: bool = False) -> None:
         """Print a line."""
@@ -61,11 +62,13 @@ class Report:
     @contextmanager
     def step(self, name: str, what: str, size: int = 0) -> Iterator[Step]:
         """Show a bar while the block lasts, then its line."""
+        self.check()
         step = Step(name, what, size, lambda done, total: self._show(name, done, total))
         self._show(name, 0, 1, at_once=True)
         started = time.perf_counter()
         try:
             yield step
+            self.check()
         except BaseException:
             with self._lock:
                 self._clear()
