@@ -7,6 +7,8 @@
  * that the previous handler raised again is pending when it returns: then it wants the default action. */
 #include "internal.h"
 
+#include <wchar.h>
+
 static struct sigaction previous[2][2]; /* [SEGV, BUS][generation & 1]: replaced while a handler may read it */
 static struct sigaction *_Atomic current_previous[2];
 static pthread_mutex_t install_lock = PTHREAD_MUTEX_INITIALIZER;
@@ -16,6 +18,78 @@ ZB_TLS struct {
     uint32_t seen; /* of the space's changes */
     unsigned times, still;
 } tls_spurious;
+
+/* Threads that loaders may be waiting for: a finalizer that the garbage collector runs has interrupted code that may
+ * hold any lock, and so has one that is run in a loader. Their faults are served as all are, by the (other) loaders.
+ * But these may need that lock: so such a thread does not wait for ever, and then reads 0xFF. */
+ZB_TLS bool tls_collecting;
+static _Atomic uint32_t patience = 5000; /* milliseconds */
+
+/* Where this thread was shown 0xFF so, at most once a space. It tells when the finalizer is done: whoever then drops
+ * what is shown would otherwise do so before the interrupted instruction is run again, which would wait again. */
+#define SPOILED 8u
+ZB_TLS struct {
+    unsigned n;
+    struct {
+        uint64_t space, position;
+    } at[SPOILED];
+} tls_spoiled;
+
+ZB_IN_HANDLER static void note_spoiled(zb_space *s, uint64_t position)
+{
+    s->spoiled = true;
+    if (!s->error) s->error = EDEADLK;
+    for (unsigned i = 0; i < tls_spoiled.n; i++)
+        if (tls_spoiled.at[i].space == s->id) return;
+    if (tls_spoiled.n == SPOILED) return; /* nobody hears of it, but that the generation has failed */
+    tls_spoiled.at[tls_spoiled.n].space = s->id;
+    tls_spoiled.at[tls_spoiled.n++].position = position;
+}
+
+void zb_tell_spoiled(void)
+{
+    for (unsigned i = 0; i < tls_spoiled.n; i++) {
+        zb_request notice = {.space = tls_spoiled.at[i].space,
+                             .position = tls_spoiled.at[i].position,
+                             .thread = (uint64_t)pthread_self(),
+                             .want = ZB_WANT_NOTICE,
+                             .error = EDEADLK};
+        zb_request_tell(&notice, false);
+    }
+    tls_spoiled.n = 0;
+}
+
+void zb_collecting(const wchar_t *phase, const void *info)
+{
+    (void)info;
+    tls_collecting = wcscmp(phase, L"start") == 0;
+    if (!tls_collecting) zb_tell_spoiled();
+}
+
+void zb_patience(uint32_t milliseconds)
+{
+    atomic_store(&patience, milliseconds);
+}
+
+ZB_IN_HANDLER static uint64_t now(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000 + (uint64_t)t.tv_nsec / 1000000;
+}
+
+/* Sleep until *word is not `value` any more, or it is `deadline`; 0: no deadline. */
+ZB_IN_HANDLER static void sleep_on(_Atomic uint32_t *word, uint32_t value, uint64_t deadline)
+{
+    if (!deadline) {
+        zb_futex_wait(word, value);
+        return;
+    }
+    uint64_t t = now();
+    if (t >= deadline) return;
+    struct timespec rest = {(time_t)((deadline - t) / 1000), (long)((deadline - t) % 1000) * 1000000};
+    syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, value, &rest, NULL, 0);
+}
 
 /* A fault that finds its page mapped as it should be was overtaken by another thread. If that goes on at one
  * address though nothing changes in the space, or for very long, something changed the mapping behind our back: a
@@ -62,8 +136,9 @@ ZB_IN_HANDLER static bool spurious(const zb_space *s, const char *at)
 
 typedef enum { DONE, FOREIGN, LOAD } verdict;
 
-/* One look at the fault with the space locked. LOAD: the block is (now) being filled; *ask if by us. */
-ZB_IN_HANDLER static verdict look(zb_space *s, const char *at, const void *ucontext, bool *bus, bool slept,
+/* One look at the fault with the space locked. LOAD: the block is (now) being filled; *ask if by us. `late`: if so,
+ * do not wait for it any longer. */
+ZB_IN_HANDLER static verdict look(zb_space *s, const char *at, const void *ucontext, bool *bus, bool slept, bool late,
                                   zb_request *ask)
 {
     zb_window *w = zb_find_window(s, at);
@@ -99,8 +174,13 @@ ZB_IN_HANDLER static verdict look(zb_space *s, const char *at, const void *ucont
         ask->want |= ZB_WANT_CHECK;
         e = w->table[b];
     }
-    if (s->closed || atomic_load(&zb_g.shut)) {
+    bool over = s->closed || atomic_load(&zb_g.shut);
+    if (over || late) {
         if (!poison(w, b)) return FOREIGN;
+        if (!over) {
+            note_spoiled(s, position);
+            return DONE;
+        }
         ask->want = ZB_WANT_NOTICE;
         ask->position = position;
         ask->error = ENOTCONN;
@@ -121,22 +201,23 @@ ZB_IN_HANDLER static verdict look(zb_space *s, const char *at, const void *ucont
 ZB_IN_HANDLER static bool serve_in(zb_space *s, const char *at, const void *ucontext, bool bus)
 {
     void *state = NULL;
-    bool slept = false;
+    bool slept = false, hurried = tls_collecting || zb_is_loader();
+    uint64_t deadline = hurried ? now() + atomic_load(&patience) : 0;
     verdict v;
     for (;;) {
         zb_request ask = {.space = s->id, .thread = (uint64_t)pthread_self()};
         zb_lock(&s->lock);
-        v = look(s, at, ucontext, &bus, slept, &ask);
+        v = look(s, at, ucontext, &bus, slept, slept && hurried && now() >= deadline, &ask);
         uint32_t seen = atomic_load_explicit(&s->seq, memory_order_acquire);
         zb_unlock(&s->lock);
         bool tell = ask.want & ZB_WANT_NOTICE;
         /* The loader is Python: it needs the interpreter's lock, which this thread may hold. */
         if ((tell || v == LOAD) && !state && attached()) state = zb_g.hooks.detach();
-        if (tell) zb_request_tell(&ask);
+        if (tell) zb_request_tell(&ask, !hurried);
         if (v != LOAD) break;
         if (ask.want & ZB_WANT_FILL) zb_request_put(&ask);
         ZB_COUNT(waits, 1);
-        zb_futex_wait(&s->seq, seen);
+        sleep_on(&s->seq, seen, deadline);
         slept = true;
         bus = false; /* whatever is mapped there now is not what was too short */
     }
@@ -154,7 +235,7 @@ ZB_IN_HANDLER static void tell_child(void)
 
 ZB_IN_HANDLER static bool serve(int sig, const siginfo_t *si, const void *ucontext)
 {
-    if (zb_busy || zb_is_loader()) return false;
+    if (zb_busy) return false;
     if (sig == SIGSEGV ? si->si_code != SEGV_ACCERR && si->si_code != SEGV_MAPERR : si->si_code != BUS_ADRERR)
         return false;
     zb_space *s = zb_find_space(si->si_addr);
@@ -236,6 +317,24 @@ static int install(int sig)
     ours.sa_flags = SA_SIGINFO | SA_ONSTACK;
     sigfillset(&ours.sa_mask);
     return sigaction(sig, &ours, NULL) ? -errno : 0;
+}
+
+/* Put back who was there before us, where we are the handler. */
+static int uninstall(int sig)
+{
+    struct sigaction now;
+    if (sigaction(sig, NULL, &now)) return -errno;
+    if (!(now.sa_flags & SA_SIGINFO) || now.sa_sigaction != on_fault) return 0;
+    return sigaction(sig, atomic_load(&current_previous[sig == SIGBUS]), NULL) ? -errno : 0;
+}
+
+int zb_handlers_off(void)
+{
+    pthread_mutex_lock(&install_lock);
+    int r = uninstall(SIGSEGV);
+    if (!r) r = uninstall(SIGBUS);
+    pthread_mutex_unlock(&install_lock);
+    return r;
 }
 
 int zb_handlers(void)

@@ -102,6 +102,7 @@ struct zb_space {
     uint64_t id, epoch, limit;
     zb_window *windows;
     bool closed, forked;
+    bool spoiled; /* 0xFF is shown somewhere that could have been loaded: gone with the generation */
     int error;
     zb_space *next; /* of all, under the registry's lock */
 
@@ -145,11 +146,31 @@ ZB_IN_HANDLER static inline void zb_counted(zb_window *w, uint64_t n)
     ZB_COUNT(mappings, n);
 }
 
+/* -- shared by all */
+ZB_IN_HANDLER static inline char *zb_address(const zb_window *w, uint64_t position)
+{
+    return w->base + (position - w->start);
+}
+ZB_IN_HANDLER static inline int zb_map_none(char *at, size_t len)
+{
+    void *p = mmap(at, len, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+    return p == MAP_FAILED ? -errno : 0;
+}
+ZB_IN_HANDLER static inline bool zb_unfilled(uint32_t e)
+{
+    return ZB_KIND(e) == ZB_ABSENT || ZB_KIND(e) == ZB_FILLING;
+}
+/* Whether the window has this block (which is counted from the space's first byte), as its own number *b. */
+ZB_IN_HANDLER static inline bool zb_has_block(const zb_window *w, uint64_t block, uint64_t *b)
+{
+    *b = block - w->start / ZB_BLOCK;
+    return block >= w->start / ZB_BLOCK && *b < w->blocks;
+}
+
 /* -- window.c */
 ZB_IN_HANDLER zb_space *zb_find_space(const char *address); /* referenced, or NULL */
 ZB_IN_HANDLER zb_window *zb_find_window(zb_space *s, const char *address);
 ZB_IN_HANDLER void zb_space_unref(zb_space *s);
-ZB_IN_HANDLER int zb_block_absent(zb_window *w, uint64_t block); /* block: index in the window */
 ZB_IN_HANDLER void zb_wake(zb_space *s);
 /* Something changed that nobody sleeps for: faults that it overtook are spurious for a reason. */
 ZB_IN_HANDLER static inline void zb_changed(zb_space *s)
@@ -157,10 +178,19 @@ ZB_IN_HANDLER static inline void zb_changed(zb_space *s)
     atomic_fetch_add_explicit(&s->seq, 1, memory_order_release);
 }
 
-/* -- scratch.c */
+/* -- block.c */
+ZB_IN_HANDLER int zb_block_absent(zb_window *w, uint64_t b); /* b: its number in the window */
+
+/* -- write.c */
 ZB_IN_HANDLER int zb_write_fault(zb_window *w, uint64_t position);
+
+/* -- scratch.c */
+/* Make pages [lo, hi) of block `b` of the window dirty, by their old bytes (the block must be filled) or `source`. */
+ZB_IN_HANDLER int zb_dirty_pages(zb_window *w, uint64_t b, unsigned lo, unsigned hi, const char *source);
 ZB_IN_HANDLER int zb_overflow(zb_window *w, uint64_t position, int error); /* 1: the generation's first */
 ZB_IN_HANDLER void zb_slots_free(zb_space *s);
+/* Let every window know that `block`'s dirty pages are in slot number `slotno` (counted from 1; 0: none). */
+ZB_IN_HANDLER void zb_set_slot(zb_space *s, uint64_t block, size_t slotno);
 int zb_adopt_dirty(zb_window *w); /* show what is dirty already in a new window */
 ZB_IN_HANDLER static inline bool zb_is_dirty(const zb_slot *slot, unsigned page)
 {
@@ -172,10 +202,14 @@ ZB_IN_HANDLER unsigned zb_same(const zb_slot *slot, unsigned page, unsigned end)
 /* -- request.c */
 ZB_IN_HANDLER void zb_request_put(const zb_request *r); /* may wait for room: not with the GIL held */
 ZB_IN_HANDLER bool zb_is_loader(void);
-/* Have this thread told of an error, and wait for that: it must not go on as if nothing had happened. */
-ZB_IN_HANDLER void zb_request_tell(zb_request *notice);
+/* Have this thread told of an error. With `wait` it waits for that: it must not go on as if nothing had happened.
+ * Without, nothing happens if there is no room. */
+ZB_IN_HANDLER void zb_request_tell(zb_request *notice, bool wait);
 void zb_request_fork(void);
 void zb_request_shutdown(void);
+
+/* -- fault.c: send the notices of what this thread was shown because it could not wait */
+void zb_tell_spoiled(void);
 
 /* -- arch.c: 1 a write, 0 a read, -1 unknown */
 ZB_IN_HANDLER int zb_is_write(const void *ucontext);

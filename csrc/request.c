@@ -27,19 +27,26 @@ ZB_IN_HANDLER bool zb_is_loader(void)
     return tls_loader;
 }
 
+/* If there is room; else *seen is what `takes` was. */
+ZB_IN_HANDLER static bool put(const zb_request *r, uint32_t *seen)
+{
+    zb_lock(&q.lock);
+    bool room = q.head - q.tail < RING;
+    if (room) {
+        q.ring[q.head++ % RING] = *r;
+        atomic_fetch_add_explicit(&q.puts, 1, memory_order_release);
+    } else {
+        *seen = atomic_load_explicit(&q.takes, memory_order_acquire);
+    }
+    zb_unlock(&q.lock);
+    if (room) zb_futex_wake(&q.puts, 1);
+    return room;
+}
+
 ZB_IN_HANDLER void zb_request_put(const zb_request *r)
 {
-    for (;;) {
-        zb_lock(&q.lock);
-        if (q.head - q.tail < RING) {
-            q.ring[q.head++ % RING] = *r;
-            atomic_fetch_add_explicit(&q.puts, 1, memory_order_release);
-            zb_unlock(&q.lock);
-            zb_futex_wake(&q.puts, 1);
-            return;
-        }
-        uint32_t seen = atomic_load_explicit(&q.takes, memory_order_acquire);
-        zb_unlock(&q.lock);
+    uint32_t seen;
+    while (!put(r, &seen)) {
         if (atomic_load(&zb_g.shut)) return;
         zb_futex_wait(&q.takes, seen);
     }
@@ -49,6 +56,7 @@ int zb_request_next(zb_request *out)
 {
     if (!tls_loader) atomic_fetch_add(&q.loaders, 1);
     tls_loader = true;
+    zb_tell_spoiled();
     for (;;) {
         if (atomic_load(&zb_g.shut)) return -ESHUTDOWN;
         zb_lock(&q.lock);
@@ -65,9 +73,14 @@ int zb_request_next(zb_request *out)
     }
 }
 
-ZB_IN_HANDLER void zb_request_tell(zb_request *r)
+ZB_IN_HANDLER void zb_request_tell(zb_request *r, bool wait)
 {
     if (atomic_load(&zb_g.shut) || !atomic_load(&q.loaders)) return;
+    uint32_t full;
+    if (!wait) {
+        put(r, &full);
+        return;
+    }
     r->answer = atomic_fetch_add(&q.tickets, 1) + 1;
     zb_request_put(r);
     for (;;) {
@@ -79,6 +92,7 @@ ZB_IN_HANDLER void zb_request_tell(zb_request *r)
 
 void zb_request_told(const zb_request *r)
 {
+    if (!r->answer) return; /* nobody waits */
     atomic_store(&q.answered[r->answer % RING], r->answer);
     atomic_fetch_add_explicit(&q.answers, 1, memory_order_release);
     zb_futex_wake(&q.answers, INT_MAX);

@@ -8,15 +8,10 @@
 #include "internal.h"
 
 #include <fcntl.h>
-#include <stdlib.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
 
 static const char zeros[ZB_BLOCK];
-
-/* With this many mappings in the process a random write dirties more than its page: see min_unit(). */
-#define MANY_MAPPINGS 16000u
-#define TOO_MANY_MAPPINGS 28000u
 
 ZB_IN_HANDLER static unsigned first_bit(uint64_t word)
 {
@@ -101,13 +96,11 @@ ZB_IN_HANDLER void zb_slots_free(zb_space *s)
     s->fd = -1;
 }
 
-/* Let every window know that `block`'s dirty pages are in slot number `slotno` (counted from 1; 0: none). */
-ZB_IN_HANDLER static void set_slot(zb_space *s, uint64_t block, size_t slotno)
+ZB_IN_HANDLER void zb_set_slot(zb_space *s, uint64_t block, size_t slotno)
 {
-    for (zb_window *w = s->windows; w; w = w->next) {
-        uint64_t b = block - w->start / ZB_BLOCK;
-        if (block >= w->start / ZB_BLOCK && b < w->blocks) w->table[b] = ZB_ENTRY(slotno, ZB_KIND(w->table[b]));
-    }
+    uint64_t b;
+    for (zb_window *w = s->windows; w; w = w->next)
+        if (zb_has_block(w, block, &b)) w->table[b] = ZB_ENTRY(slotno, ZB_KIND(w->table[b]));
 }
 
 ZB_IN_HANDLER static int new_slot(zb_space *s, uint64_t block, bool backed, zb_slot **out)
@@ -129,7 +122,7 @@ ZB_IN_HANDLER static int new_slot(zb_space *s, uint64_t block, bool backed, zb_s
     slot->block = block;
     slot->file = backed ? s->file : ZB_NO_FILE;
     slot->offset = backed ? s->in_file++ * ZB_BLOCK : 0;
-    set_slot(s, block, s->nslots);
+    zb_set_slot(s, block, s->nslots);
     *out = slot;
     return 0;
 }
@@ -143,6 +136,20 @@ ZB_IN_HANDLER static void mark_dirty(zb_space *s, zb_slot *slot, unsigned lo, un
         s->dirty_pages++;
     }
     zb_changed(s);
+}
+
+/* A block whose pages are all dirty has nothing left that could be absent: who waits for it need not. */
+ZB_IN_HANDLER static void filled_by_dirt(zb_space *s, const zb_slot *slot)
+{
+    uint64_t b;
+    bool awaited = false;
+    if (zb_same(slot, 0, ZB_PAGES_PER_BLOCK) != ZB_PAGES_PER_BLOCK) return;
+    for (zb_window *w = s->windows; w; w = w->next) {
+        if (!zb_has_block(w, slot->block, &b) || !zb_unfilled(w->table[b])) continue;
+        awaited |= ZB_KIND(w->table[b]) == ZB_FILLING;
+        w->table[b] = ZB_ENTRY(ZB_SLOT(w->table[b]), ZB_CLEAN);
+    }
+    if (awaited) zb_wake(s);
 }
 
 /* -- mapping -------------------------------------------------------------------------------------------------- */
@@ -247,13 +254,12 @@ ZB_IN_HANDLER static void start_writeback(int fd, uint64_t offset)
     sync_file_range(fd, (off_t)offset, ZB_BLOCK, SYNC_FILE_RANGE_WRITE);
 }
 
-/* Make pages [lo, hi) of block `b` of the window dirty. The block is filled, unless source covers what is asked. */
-ZB_IN_HANDLER static int dirty_pages(zb_window *w, uint64_t b, unsigned lo, unsigned hi, const char *source)
+ZB_IN_HANDLER int zb_dirty_pages(zb_window *w, uint64_t b, unsigned lo, unsigned hi, const char *source)
 {
     zb_space *s = w->space;
     uint32_t slotno = ZB_SLOT(w->table[b]);
     zb_slot *slot = slotno ? &s->slots[slotno - 1] : NULL;
-    bool shown = false;
+    bool shown = false, again = false;
     int r = 0;
     if (!slot) {
         r = new_slot(s, w->start / ZB_BLOCK + b, true, &slot);
@@ -264,7 +270,8 @@ ZB_IN_HANDLER static int dirty_pages(zb_window *w, uint64_t b, unsigned lo, unsi
     if (fd < 0) return fd;
     for (;;) {
         r = copy_in(w, slot, lo, hi, fd, source);
-        for (zb_window *v = s->windows; v && !r; v = v->next) {
+        again = zb_is_dirty(slot, lo) && zb_same(slot, lo, hi) == hi; /* then every window shows them */
+        for (zb_window *v = s->windows; v && !r && !again; v = v->next) {
             r = show(v, slot, lo, hi, fd);
             shown |= !r;
         }
@@ -274,56 +281,12 @@ ZB_IN_HANDLER static int dirty_pages(zb_window *w, uint64_t b, unsigned lo, unsi
     }
     if (!r) {
         mark_dirty(s, slot, lo, hi);
-        if (hi - lo == ZB_PAGES_PER_BLOCK && slot->offset) start_writeback(fd, slot->offset - ZB_BLOCK);
+        filled_by_dirt(s, slot);
+        if (!again && hi - lo == ZB_PAGES_PER_BLOCK && slot->offset) start_writeback(fd, slot->offset - ZB_BLOCK);
     } else if (shown && !s->error) {
         s->error = -r; /* a window shows pages that are in no run */
     }
     if (fd != s->fd) close(fd);
-    return r;
-}
-
-/* -- the unit of a write fault -------------------------------------------------------------------------------- */
-
-/* How many pages a write at `page` makes dirty: one, doubling as long as a writer goes on where it was. */
-ZB_IN_HANDLER static uint32_t stream_unit(zb_space *s, uint64_t page)
-{
-    for (unsigned i = 0; i < ZB_STREAMS; i++)
-        if (s->streams[i].unit && s->streams[i].next_page == page) {
-            uint32_t unit = s->streams[i].unit * 2;
-            s->streams[i].unit = unit < ZB_PAGES_PER_BLOCK ? unit : ZB_PAGES_PER_BLOCK;
-            s->stream_clock = i;
-            return s->streams[i].unit;
-        }
-    s->stream_clock = (s->stream_clock + 1) % ZB_STREAMS;
-    s->streams[s->stream_clock].unit = 1;
-    return 1;
-}
-
-/* Each dirty page on its own costs two mappings, and a process has 65,530: widen before they run out. */
-ZB_IN_HANDLER static uint32_t min_unit(void)
-{
-    uint64_t n = atomic_load_explicit(&zb_g.count.mappings, memory_order_relaxed);
-    return n < MANY_MAPPINGS ? 1 : n < TOO_MANY_MAPPINGS ? 16 : ZB_PAGES_PER_BLOCK;
-}
-
-ZB_IN_HANDLER int zb_write_fault(zb_window *w, uint64_t position)
-{
-    zb_space *s = w->space;
-    uint64_t b = (position - w->start) / ZB_BLOCK, block_at = w->start + b * ZB_BLOCK;
-    unsigned page = (unsigned)((position - block_at) / ZB_PAGE);
-    uint32_t unit = stream_unit(s, position / ZB_PAGE), least = min_unit();
-    unsigned lo = page, hi;
-    if (unit < least) {
-        unit = least;
-        lo = page & ~(least - 1);
-    }
-    hi = lo + unit < ZB_PAGES_PER_BLOCK ? lo + unit : ZB_PAGES_PER_BLOCK;
-    if (s->limit > block_at && s->limit - block_at < ZB_BLOCK) {
-        unsigned end = (unsigned)((s->limit - block_at + ZB_PAGE - 1) / ZB_PAGE);
-        if (hi > end) hi = end > page ? end : page + 1;
-    }
-    int r = dirty_pages(w, b, lo, hi, NULL);
-    if (!r) s->streams[s->stream_clock].next_page = block_at / ZB_PAGE + hi;
     return r;
 }
 
@@ -356,176 +319,4 @@ ZB_IN_HANDLER int zb_overflow(zb_window *w, uint64_t position, int error)
     if (r) return -ENOMEM;
     mark_dirty(s, slot, page, page + 1);
     return first;
-}
-
-int zb_write(zb_window *w, uint64_t lo, uint64_t hi, const void *source)
-{
-    zb_space *s = w->space;
-    if (lo < w->start || hi < lo || hi > w->start + w->blocks * ZB_BLOCK) return -EINVAL;
-    if (source && (lo % ZB_PAGE || hi % ZB_PAGE)) return -EINVAL;
-    int r = 0;
-    for (uint64_t at = lo; at < hi && !r;) {
-        uint64_t b = (at - w->start) / ZB_BLOCK, block_at = w->start + b * ZB_BLOCK;
-        uint64_t stop = block_at + ZB_BLOCK < hi ? block_at + ZB_BLOCK : hi;
-        unsigned p = (unsigned)((at - block_at) / ZB_PAGE);
-        unsigned q = (unsigned)((stop - block_at + ZB_PAGE - 1) / ZB_PAGE);
-        zb_lock(&s->lock); /* block by block: others need not wait for all of a large write */
-        uint32_t kind = ZB_KIND(w->table[b]);
-        if (s->closed || s->forked)
-            r = -ENOTCONN;
-        else if (!source && (kind == ZB_ABSENT || kind == ZB_FILLING))
-            r = -EAGAIN;
-        else
-            r = dirty_pages(w, b, p, q, source ? (const char *)source + (at - lo) : NULL);
-        zb_unlock(&s->lock);
-        at = stop;
-    }
-    return r;
-}
-
-/* -- generations ---------------------------------------------------------------------------------------------- */
-
-static void end_generation(zb_space *s, uint64_t *first, uint64_t *last)
-{
-    *first = s->first_file;
-    *last = s->fd >= 0 ? s->file + 1 : s->file;
-    if (s->fd >= 0) {
-        close(s->fd);
-        s->fd = -1;
-        s->file++;
-    }
-    s->first_file = s->file;
-    s->in_file = 0;
-    s->nslots = 0;
-    s->dirty_pages = 0;
-}
-
-static size_t count_runs(const zb_space *s)
-{
-    size_t n = 0;
-    for (size_t i = 0; i < s->nslots; i++)
-        for (unsigned p = 0, q; p < ZB_PAGES_PER_BLOCK; p = q) {
-            q = zb_same(&s->slots[i], p, ZB_PAGES_PER_BLOCK);
-            n += zb_is_dirty(&s->slots[i], p);
-        }
-    return n;
-}
-
-static int by_start(const void *a, const void *b)
-{
-    uint64_t x = ((const zb_run *)a)->start, y = ((const zb_run *)b)->start;
-    return (x > y) - (x < y);
-}
-
-static size_t join_runs(zb_run *runs, size_t n)
-{
-    size_t k = 0;
-    for (size_t i = 0; i < n; i++) {
-        zb_run *last = k ? &runs[k - 1] : NULL;
-        if (last && last->stop == runs[i].start && last->file == runs[i].file &&
-            last->offset + (last->stop - last->start) == runs[i].offset)
-            last->stop = runs[i].stop;
-        else
-            runs[k++] = runs[i];
-    }
-    return k;
-}
-
-/* Give the dirty pages of a slot this protection, in every window. */
-static int protect_slot(zb_space *s, const zb_slot *slot, int prot)
-{
-    uint64_t at = slot->block * ZB_BLOCK;
-    for (zb_window *w = s->windows; w; w = w->next) {
-        if (at < w->start || at >= w->start + w->blocks * ZB_BLOCK) continue;
-        for (unsigned p = 0, q; p < ZB_PAGES_PER_BLOCK; p = q) {
-            q = zb_same(slot, p, ZB_PAGES_PER_BLOCK);
-            if (!zb_is_dirty(slot, p)) continue;
-            if (mprotect(w->base + (at - w->start) + p * ZB_PAGE, (q - p) * ZB_PAGE, prot)) return -errno;
-        }
-    }
-    return 0;
-}
-
-int zb_freeze(zb_space *s, zb_run **runs, size_t *n, uint64_t *first, uint64_t *last)
-{
-    zb_run *out = NULL;
-    size_t room = 0, k = 0;
-    int r = 0;
-    for (;;) {
-        zb_lock(&s->lock);
-        size_t need = count_runs(s);
-        if (need <= room) break; /* with the lock held */
-        zb_unlock(&s->lock);
-        free(out);
-        room = need + 16;
-        out = malloc(room * sizeof *out);
-        if (!out) return -ENOMEM;
-    }
-    if (s->forked || s->error) {
-        r = s->forked ? -ENOTCONN : -s->error;
-        goto out;
-    }
-    for (size_t i = 0; i < s->nslots && !r; i++) r = protect_slot(s, &s->slots[i], PROT_READ);
-    if (r) { /* nothing is frozen, then: what is dirty must be writable */
-        for (size_t i = 0; i < s->nslots; i++) protect_slot(s, &s->slots[i], PROT_READ | PROT_WRITE);
-        goto out;
-    }
-    for (size_t i = 0; i < s->nslots; i++) {
-        const zb_slot *slot = &s->slots[i];
-        uint64_t at = slot->block * ZB_BLOCK;
-        for (unsigned p = 0, q; p < ZB_PAGES_PER_BLOCK; p = q) {
-            q = zb_same(slot, p, ZB_PAGES_PER_BLOCK);
-            if (zb_is_dirty(slot, p))
-                out[k++] = (zb_run){at + p * ZB_PAGE, at + q * ZB_PAGE, slot->offset + p * ZB_PAGE, slot->file};
-        }
-        for (zb_window *w = s->windows; w; w = w->next) {
-            if (at < w->start || at >= w->start + w->blocks * ZB_BLOCK) continue;
-            uint32_t *e = &w->table[(at - w->start) / ZB_BLOCK];
-            *e = ZB_ENTRY(0, ZB_KIND(*e) == ZB_HOLE ? ZB_CLEAN : ZB_KIND(*e));
-        }
-    }
-    end_generation(s, first, last);
-    s->epoch++; /* what a fill was planned on does not have these pages yet */
-    zb_changed(s);
-out:
-    zb_unlock(&s->lock);
-    if (r) {
-        free(out);
-        return r;
-    }
-    if (k) qsort(out, k, sizeof *out, by_start);
-    *n = join_runs(out, k);
-    *runs = out;
-    return 0;
-}
-
-void zb_runs_free(zb_run *runs)
-{
-    free(runs);
-}
-
-int zb_discard(zb_space *s, uint64_t *first, uint64_t *last)
-{
-    int r = 0;
-    zb_lock(&s->lock);
-    if (s->forked) {
-        zb_unlock(&s->lock);
-        return -ENOTCONN; /* the files are the parent's */
-    }
-    for (size_t i = 0; i < s->nslots; i++) {
-        uint64_t block = s->slots[i].block;
-        set_slot(s, block, 0);
-        for (zb_window *w = s->windows; w; w = w->next) {
-            uint64_t b = block - w->start / ZB_BLOCK;
-            if (block < w->start / ZB_BLOCK || b >= w->blocks) continue;
-            int e = zb_block_absent(w, b);
-            if (e && !r) r = e;
-        }
-    }
-    end_generation(s, first, last);
-    s->error = 0;
-    s->epoch++;
-    zb_unlock(&s->lock);
-    zb_wake(s);
-    return r;
 }

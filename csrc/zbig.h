@@ -34,6 +34,7 @@
 
 #include <stddef.h>
 #include <stdint.h>
+#include <wchar.h>
 
 #define ZB_PAGE 4096UL
 #define ZB_BLOCK (2UL << 20)
@@ -99,6 +100,9 @@ ZB_API int zb_init(const zb_hooks *hooks);
 /** Install the SIGSEGV and SIGBUS handlers, or put them back if somebody replaced them (who is then chained
  *  to). Cheap: two system calls. Does not take any lock of a space. */
 ZB_API int zb_handlers(void);
+/** Take our handlers away again, where they are the current ones, so that somebody can put his beneath them. Until
+ *  zb_handlers() is called a fault in a window is a crash. */
+ZB_API int zb_handlers_off(void);
 /** From now on faults on absent blocks are answered with 0xFF bytes at once (interpreter exit: no loader).
  *  Wakes all waiters and makes zb_request_next() return -ESHUTDOWN. */
 ZB_API void zb_shutdown(void);
@@ -127,6 +131,8 @@ ZB_API void zb_space_free(zb_space *s);
 ZB_API uint64_t zb_space_epoch(zb_space *s);
 /** The first error that a write in the current generation met (positive errno), or 0. */
 ZB_API int zb_space_error(zb_space *s);
+/** Have the current generation count as failed by this error (positive errno), unless it has failed already. */
+ZB_API void zb_space_fail(zb_space *s, int error);
 /** Number of dirty pages of the current generation. */
 ZB_API uint64_t zb_space_dirty(zb_space *s);
 
@@ -166,16 +172,27 @@ ZB_API void zb_runs_free(zb_run *runs);
 ZB_API int zb_discard(zb_space *s, uint64_t *first, uint64_t *last);
 /** Make [lo, hi) dirty as a write by faults would, but at once: for direct assignment, and for system calls that
  *  write into a view. With `source` (hi - lo bytes, whole pages) its bytes are written instead of the old ones,
- *  which are then neither read nor copied. -EAGAIN if a block is absent (fill it first; what was done is kept),
- *  -EFAULT if the source, or the file mapped there, cannot be read. */
+ *  which are then neither read nor copied, nor need be there: an absent block that is overwritten whole counts as
+ *  filled. Without, -EAGAIN if a block is absent (fill it first). -EFAULT if the source, or the file mapped there,
+ *  cannot be read: a source that would have to be loaded is not, for the space is locked. -ENOSPC and the like from
+ *  the scratch file. On an error the blocks before are done, and of this one's dirty pages some may be overwritten. */
 ZB_API int zb_write(zb_window *w, uint64_t lo, uint64_t hi, const void *source);
 
 /* -- loader ------------------------------------------------------------------------------------------------- */
 
-/** Sleep until a thread wants something. Marks the calling thread as a loader: its own access to a window is a
- *  bug and is not served. -ESHUTDOWN after zb_shutdown(). */
+/** Sleep until a thread wants something. Marks the calling thread as a loader: what it touches in a window itself
+ *  is served by the others, if they can. -ESHUTDOWN after zb_shutdown(). */
 ZB_API int zb_request_next(zb_request *out);
 /** The thread of a NOTICE has been told (or cannot be): wake it. Once for each. */
 ZB_API void zb_request_told(const zb_request *r);
+/** The calling thread begins (phase L"start") or ends to run finalizers of the garbage collector: a callback for
+ *  that. May be called with the GIL held. Finalizers run wherever the thread just was, with whatever locks it holds
+ *  there, and a loader may need one of them. So the faults of such a thread, and of a loader, wait for zb_patience()
+ *  at most. Then 0xFF bytes are shown, and the generation has failed (EDEADLK) until zb_discard(), which drops all
+ *  that is shown. At the end (of a loader: in zb_request_next) a NOTICE is sent, one a space, that needs no answer:
+ *  whoever gets it drops all of that space, so that nobody else is shown those bytes. */
+ZB_API void zb_collecting(const wchar_t *phase, const void *info);
+/** Set that time, for the process. At first it is 5000. */
+ZB_API void zb_patience(uint32_t milliseconds);
 
 #endif

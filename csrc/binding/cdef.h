@@ -38,6 +38,7 @@ typedef struct {
 
 int zb_init(const zb_hooks *hooks);
 int zb_handlers(void);
+int zb_handlers_off(void);
 void zb_shutdown(void);
 void zb_counters(zb_count *out);
 void zb_mappings_set(uint64_t n);
@@ -50,6 +51,7 @@ void zb_space_close(zb_space *s);
 void zb_space_free(zb_space *s);
 uint64_t zb_space_epoch(zb_space *s);
 int zb_space_error(zb_space *s);
+void zb_space_fail(zb_space *s, int error);
 uint64_t zb_space_dirty(zb_space *s);
 
 int zb_window_new(zb_window **out, zb_space *s, uint64_t start, uint64_t length);
@@ -69,3 +71,5 @@ int zb_write(zb_window *w, uint64_t lo, uint64_t hi, const void *source);
 
 int zb_request_next(zb_request *out);
 void zb_request_told(const zb_request *r);
+void zb_collecting(const wchar_t *phase, const void *info);
+void zb_patience(uint32_t milliseconds);

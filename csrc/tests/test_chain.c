@@ -160,15 +160,6 @@ static void sent_segv(void)
     pause();
 }
 
-static void loader_touches_an_absent_block(void)
-{
-    begin();
-    zb_shutdown();
-    zb_request r;
-    CHECK_EQ(zb_request_next(&r), -ESHUTDOWN); /* marks this thread as a loader */
-    (void)fx_get(base + 3 * B);
-}
-
 /* -- other handlers ------------------------------------------------------------------------------------------- */
 
 static void exits_with_7(int sig, siginfo_t *si, void *ucontext)
@@ -531,7 +522,6 @@ int main(void)
     CHILD(raised_segv, KILLED + SIGSEGV, NULL, -1);
     CHILD(raised_bus, KILLED + SIGBUS, NULL, -1);
     CHILD(sent_segv, KILLED + SIGSEGV, NULL, -1);
-    CHILD(loader_touches_an_absent_block, KILLED + SIGSEGV, NULL, -1);
     CHILD(handler_from_before, EXITED + 7, NULL, -1);
     CHILD(plain_handler_from_before, EXITED + 6, NULL, -1);
     CHILD(replaced_handler_is_put_back_on_top, EXITED + 7, NULL, -1);

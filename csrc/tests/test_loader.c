@@ -376,6 +376,101 @@ static void a_truncated_file_under_many_threads(void)
     end();
 }
 
+/* -- faults of loaders, and of finalizers ---------------------------------------------------------------------- */
+
+enum { QUICKLY = 300, PATIENTLY = 60000 };
+static _Atomic int seen_by_loader;
+
+/* Serving block 1 touches block 5, as a finalizer might that is run in a loader. */
+static void serve_and_touch(const zb_request *r, void *context)
+{
+    if (r->position == B) seen_by_loader = fx_get(t.base + 5 * B + 77);
+    serve_from_file(r, context);
+}
+
+static void a_loader_is_served_by_another(void)
+{
+    begin();
+    zb_patience(PATIENTLY);
+    t.serve = serve_and_touch;
+    CHECK_EQ(fx_get(t.base + B), fx_byte(t.seed, B));
+    CHECK_EQ(seen_by_loader, fx_byte(t.seed, 5 * B + 77));
+    CHECK_EQ(zb_space_error(t.s), 0);
+    CHECK_EQ(t.notices, 0);
+    end();
+}
+
+static void serve_all_but_block_5(const zb_request *r, void *context)
+{
+    if (r->position != 5 * B) serve_and_touch(r, context);
+}
+
+static void spoiled_until_discarded(void)
+{
+    uint64_t first, last;
+    zb_run *runs;
+    size_t n;
+    wait_until(&t.notices, 1);
+    CHECK_EQ(t.noticed_error, EDEADLK);
+    CHECK_EQ(t.noticed_position / B, 5);
+    CHECK_EQ(zb_space_error(t.s), EDEADLK);
+    CHECK_EQ(zb_freeze(t.s, &runs, &n, &first, &last), -EDEADLK);
+    t.serve = serve_from_file;
+    CHECK_OK(zb_discard(t.s, &first, &last));
+    CHECK_EQ(zb_space_error(t.s), 0);
+    fx_check_file(t.base + 5 * B, B, t.seed, 5 * B);
+}
+
+static void a_loader_that_cannot_be_served(void)
+{
+    begin();
+    zb_patience(QUICKLY);
+    t.serve = serve_all_but_block_5;
+    CHECK_EQ(fx_get(t.base + B), fx_byte(t.seed, B));
+    CHECK_EQ(seen_by_loader, 0xFF);
+    spoiled_until_discarded();
+    end();
+}
+
+/* All loaders wait for a lock that the thread which runs a finalizer holds: here, the request of block 5. */
+static void a_finalizer_that_cannot_be_served(void)
+{
+    begin();
+    zb_patience(QUICKLY);
+    t.serve = serve_all_but_block_5;
+    fx_gil_take();
+    zb_collecting(L"start", NULL);
+    CHECK_EQ(fx_get(t.base + 5 * B), 0xFF);
+    CHECK_EQ(fx_get(t.base + 2 * B), fx_byte(t.seed, 2 * B));
+    CHECK_EQ(t.notices, 0);
+    zb_collecting(L"stop", NULL);
+    CHECK(fx_gil_held());
+    fx_gil_drop();
+    spoiled_until_discarded();
+    CHECK_EQ(t.noticed_thread, (uint64_t)pthread_self());
+    end();
+}
+
+static void a_finalizer_that_writes(void)
+{
+    begin();
+    zb_patience(QUICKLY);
+    t.serve = serve_all_but_block_5;
+    zb_collecting(L"start", NULL);
+    fx_put(t.base + 5 * B + 9, 3);
+    zb_collecting(L"stop", NULL);
+    CHECK_EQ(fx_get(t.base + 5 * B + 9), 3);
+    CHECK_EQ(fx_get(t.base + 5 * B + 8), 0xFF);
+    CHECK_EQ(zb_space_dirty(t.s), 1);
+    uint64_t first, last;
+    wait_until(&t.notices, 1);
+    t.serve = serve_from_file;
+    CHECK_OK(zb_discard(t.s, &first, &last));
+    fx_scratch_remove(next_id, first, last);
+    fx_check_file(t.base + 5 * B, B, t.seed, 5 * B);
+    end();
+}
+
 /* -- the end -------------------------------------------------------------------------------------------------- */
 
 static void a_closed_space(void)
@@ -514,6 +609,10 @@ int main(void)
     RUN(a_truncated_file_is_checked_on_reading);
     RUN(a_truncated_file_is_checked_on_writing);
     RUN(a_truncated_file_under_many_threads);
+    RUN(a_loader_is_served_by_another);
+    RUN(a_loader_that_cannot_be_served);
+    RUN(a_finalizer_that_cannot_be_served);
+    RUN(a_finalizer_that_writes);
     RUN(a_closed_space);
     RUN(closing_wakes_who_waits);
     RUN(a_notice_with_the_gil_held);

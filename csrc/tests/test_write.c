@@ -6,6 +6,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <sched.h>
 #include <sys/stat.h>
 
 #define P ZB_PAGE
@@ -475,6 +476,123 @@ static void direct_write_with_source(void)
     end();
 }
 
+static bool readable(const char *page)
+{
+    int ends[2];
+    CHECK_SYS(pipe(ends));
+    ssize_t n = write(ends[1], page, 1);
+    CHECK(n == 1 || errno == EFAULT);
+    close(ends[0]);
+    close(ends[1]);
+    return n == 1;
+}
+
+/* It counts as filled: nobody asks for the old bytes, neither now nor when it is frozen. */
+static void direct_write_of_absent_blocks(void)
+{
+    begin(4);
+    zb_window *v = fx_window(s, B, 3 * B);
+    static char source[2 * B];
+    memset(source, 5, sizeof source);
+    CHECK_OK(zb_write(w, B + P, 3 * B, source)); /* all of block 2, not all of block 1 */
+    CHECK_EQ(zb_absent(w, B, 4 * B), B);
+    CHECK_EQ(zb_absent(w, 2 * B, 4 * B), 3 * B);
+    CHECK_EQ(zb_absent(v, 2 * B, 4 * B), 3 * B);
+    fx_check_all(zb_window_base(v) + P, 2 * B - P, 5);
+    CHECK_OK(zb_write(w, B, B + P, source));
+    CHECK_EQ(zb_absent(v, B, 4 * B), 3 * B);
+    freeze();
+    forget();
+    CHECK_EQ(zb_absent(w, B, 4 * B), 3 * B);
+    CHECK(readable(base + 3 * B - P) && !fx_writable(base + 3 * B - P));
+    fx_put(base + B + 7, 6); /* a write fault on what was frozen, with nobody there to load it */
+    CHECK_EQ(fx_get(zb_window_base(v) + 7), 6);
+    CHECK_EQ(fx_get(zb_window_base(v) + 8), 5);
+    discard();
+    CHECK(!readable(base + B) && readable(base + 2 * B));
+    zb_window_free(v);
+    end();
+}
+
+/* What is frozen in a block that is not filled shows until it is dropped, and no longer. */
+static void drop_of_what_an_absent_block_shows(void)
+{
+    begin(2);
+    zb_window *v = fx_window(s, 0, 2 * B);
+    char *other = zb_window_base(v);
+    static char source[P];
+    CHECK_OK(fx_fill(s, w, B, 2 * B, -1, 0));
+    CHECK_OK(zb_write(w, 3 * P, 4 * P, source));
+    fx_put(base + B, 1); /* in the other window the block is absent */
+    freeze();
+    forget();
+    CHECK(readable(base + 3 * P) && !readable(base + 4 * P) && readable(other + B) && !readable(other + B + P));
+    CHECK_OK(zb_drop(s, 0, 2 * B, 0));
+    CHECK(!readable(base + 3 * P) && !readable(other + 3 * P) && !readable(base + B) && !readable(other + B));
+    zb_window_free(v);
+    end();
+}
+
+/* Pages that are dirty already stay mapped as they are. */
+static void direct_write_of_dirty_pages(void)
+{
+    begin(2);
+    zb_window *v = fx_window(s, 0, 2 * B);
+    char *other = zb_window_base(v);
+    static char source[2 * B];
+    memset(source, 5, sizeof source);
+    CHECK_OK(zb_write(w, 0, B + 9 * P, source));
+    CHECK_EQ(fx_get(other + P), 5);
+    CHECK(fx_resident(other + P));
+    memset(source, 6, sizeof source);
+    CHECK_OK(zb_write(v, 0, B, source));
+    CHECK(fx_resident(other + P));
+    CHECK_OK(zb_write(v, B, 2 * B, source)); /* some of them are, some not */
+    fx_check_all(base, 2 * B, 6);
+    fx_check_all(other, 2 * B, 6);
+    CHECK_EQ(zb_space_dirty(s), 2 * B / P);
+    zb_window_free(v);
+    end();
+}
+
+static void *read_five(void *at)
+{
+    CHECK_EQ(fx_get(at), 5);
+    return NULL;
+}
+
+static void direct_write_wakes_who_waits_for_a_fill(void)
+{
+    begin(1);
+    static char source[B];
+    pthread_t reader;
+    memset(source, 5, sizeof source);
+    uint64_t waits = fx_count().waits;
+    CHECK_OK(pthread_create(&reader, NULL, read_five, base + 9 * P));
+    while (fx_count().waits == waits) sched_yield();
+    CHECK_OK(zb_write(w, 0, B, source));
+    CHECK_OK(pthread_join(reader, NULL));
+    int fd = fx_file(B, 1);
+    CHECK_OK(fx_fill(s, w, 0, B, fd, 0)); /* its fill comes late, and changes nothing */
+    fx_check_all(base, B, 5);
+    close(fd);
+    end();
+}
+
+static void a_generation_that_is_said_to_have_failed(void)
+{
+    begin(1);
+    CHECK_OK(fx_fill(s, w, 0, B, -1, 0));
+    fx_put(base, 1);
+    zb_space_fail(s, ENOSPC);
+    zb_space_fail(s, EIO);
+    CHECK_EQ(zb_space_error(s), ENOSPC);
+    CHECK_EQ(zb_freeze(s, &runs, &nruns, &first, &last), -ENOSPC);
+    discard();
+    CHECK_EQ(zb_space_error(s), 0);
+    end();
+}
+
 static void direct_write_from_an_absent_view(void)
 {
     begin(2);
@@ -712,6 +830,11 @@ int main(int argc, char **argv)
     RUN(the_scratch_directory_moves_between_generations);
     RUN(direct_write_without_source);
     RUN(direct_write_with_source);
+    RUN(direct_write_of_absent_blocks);
+    RUN(drop_of_what_an_absent_block_shows);
+    RUN(direct_write_of_dirty_pages);
+    RUN(direct_write_wakes_who_waits_for_a_fill);
+    RUN(a_generation_that_is_said_to_have_failed);
     RUN(direct_write_from_an_absent_view);
     RUN(direct_write_when_closed);
     return 0;

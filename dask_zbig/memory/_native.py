@@ -10,12 +10,15 @@ from __future__ import annotations
 import atexit
 import ctypes
 import errno
+import faulthandler
+import functools
 import os
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any
 
-from dask_zbig.errors import ClosedError, ScratchError, WindowError, ZBigError
+from dask_zbig.errors import ClosedError, LoadError, ScratchError, WindowError, ZBigError
 from dask_zbig.memory._core import ffi, lib
 
 __all__ = ["BLOCK", "PAGE", "check", "counters", "ffi", "lib", "recount_mappings", "start"]
@@ -48,17 +51,40 @@ def _hooks() -> Any:
     return hooks
 
 
+def _under_ours(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        lib.zb_handlers_off()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            check(lib.zb_handlers(), "install the SIGSEGV handler")
+
+    return wrapper
+
+
+def _tame_faulthandler() -> None:
+    """Keep faulthandler's signal handlers beneath ours, whenever it is enabled or disabled.
+
+    Over ours, which is where ``enable()`` puts them, they take the next access to a view for a crash; and
+    ``disable()`` puts back what was there before them, without us. The next view would be too late to notice.
+    """
+    faulthandler.enable = _under_ours(faulthandler.enable)
+    faulthandler.disable = _under_ours(faulthandler.disable)
+
+
 def start() -> None:
     """Start the core if need be, and make sure that its signal handlers are (still) in place.
 
-    Called whenever a window is made and at every transaction boundary: ``faulthandler.enable()`` and
-    others replace handlers. Costs about a microsecond.
+    Called whenever a window is made and at every transaction boundary: others may replace handlers. Costs about
+    a microsecond.
     """
     global _started
     if not _started:
         with _start_lock:
             if not _started:
                 check(lib.zb_init(_hooks()), "start the memory core")
+                _tame_faulthandler()
                 # At exit loaders stop: whoever still touches an absent page must not wait for ever.
                 atexit.register(lib.zb_shutdown)
                 _started = True
@@ -75,6 +101,12 @@ def check(result: int, what: str) -> None:
         raise WindowError(
             f"{text}. The process is out of address space or of mappings "
             f"(see `ulimit -v` and /proc/sys/vm/max_map_count); use smaller slices"
+        )
+    if number == errno.EDEADLK:
+        raise LoadError(
+            number,
+            f"{text}. A finalizer (__del__, or a weakref's callback) that the garbage collector ran touched a view "
+            f"and could not wait for its bytes; abort the transaction",
         )
     if number == errno.ENOTCONN:
         raise ClosedError(f"{text}: the connection of this array is closed")

@@ -10,6 +10,7 @@ import weakref
 
 from dask_zbig.errors import ScratchError
 from dask_zbig.memory._native import PAGE
+from dask_zbig.tempfiles import new_name
 
 __all__ = ["CacheFile"]
 
@@ -34,7 +35,7 @@ class CacheFile:
             try:
                 self._fd = os.open(self._directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
             except OSError:  # a file system without O_TMPFILE
-                self._fd, path = tempfile.mkstemp(prefix="zbig-cache-", dir=self._directory)
+                self._fd, path = tempfile.mkstemp(prefix=new_name() + "-", dir=self._directory)
                 os.unlink(path)
             weakref.finalize(self, os.close, self._fd)
         return self._fd

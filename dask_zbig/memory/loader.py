@@ -2,11 +2,21 @@
 
 A faulting thread sleeps in a signal handler, wherever it was: it may hold any lock of the application. So a
 loader never logs, never takes a lock that is held around access to a view, and never touches managed memory.
+
+That is, our code does not. The garbage collector may run somebody's ``__del__`` or weakref callback in a loader, or
+in a thread that holds one of the locks that loaders take, and it may touch a view. Loaders cannot be kept from
+collecting: ``gc.disable()`` is for the whole process, and would undo, or be undone by, the application's own calls.
+So such an access is served like any other, by whichever loader is free, and only its patience is bounded: for a
+lock that loaders wait for may be held below it on the very same stack. After `PATIENCE` it reads 0xFF, and the
+transaction is doomed: see ``zb_collecting`` in ``csrc/zbig.h``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import errno
+import gc
 import os
 import threading
 import time
@@ -22,8 +32,17 @@ __all__ = ["ensure_loaders"]
 THREADS = 4
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.02, 1.0
 
+#: Seconds that a finalizer, or a loader, waits for bytes.
+PATIENCE = 5.0
+
 _lock = threading.Lock()
 _pid = 0
+_loaders: set[int] = set()
+# A callback of the collector. (By cffi it would give up the GIL each time; and no Python function, in which an
+# asynchronous exception might come up, before it has done anything.)
+_collecting = ctypes.PYFUNCTYPE(None, ctypes.c_wchar_p, ctypes.py_object)(
+    int(ffi.cast("uintptr_t", ffi.addressof(lib, "zb_collecting")))
+)
 
 
 def ensure_loaders() -> None:
@@ -34,6 +53,10 @@ def ensure_loaders() -> None:
     with _lock:
         if _pid == os.getpid():
             return
+        lib.zb_patience(int(1000 * min(PATIENCE, get("load-timeout"))))
+        if _collecting not in gc.callbacks:
+            gc.callbacks.append(_collecting)
+        _loaders.clear()  # those of the process that we were forked from
         for k in range(THREADS):
             threading.Thread(target=_run, name=f"zbig-loader-{k}", daemon=True).start()
         _pid = os.getpid()
@@ -41,11 +64,15 @@ def ensure_loaders() -> None:
 
 def _run() -> None:
     request = ffi.new("zb_request *")
+    _loaders.add(threading.get_ident())
     while lib.zb_request_next(request) == 0:
+        space = find_space(request.space)
         if request.want & lib.ZB_WANT_NOTICE:
+            if request.error == errno.EDEADLK and space is not None:
+                with contextlib.suppress(ZBigError):  # (its transaction has failed already)
+                    space.drop(0, 1 << 63)  # nobody else shall see 0xFF
             _raise_in(request.thread, _notice(request.error, request.position))
             lib.zb_request_told(request)
-        space = find_space(request.space)
         if space is None:
             continue
         if request.want & lib.ZB_WANT_FILL:
@@ -56,14 +83,20 @@ def _run() -> None:
 
 def _notice(number: int, position: int) -> ZBigError:
     text = f"byte {position} of an array: {os.strerror(number)}"
-    if number == 107:  # ENOTCONN, from a space that was closed
+    if number == errno.EDEADLK:
+        return LoadError(number, f"a finalizer touched a view and could not wait for its bytes ({text})")
+    if number == errno.ENOTCONN:  # from a space that was closed
         return ClosedError(f"a view was used after the connection of its array had been closed ({text})")
     return ScratchError(number, f"a change could not be kept and the transaction must be aborted ({text})")
 
 
 def _fill(space: Space, lo: int, thread: int, recheck: bool) -> None:
     """Serve one block, trying again until the deadline; then let it be 0xFF and say so."""
-    deadline = time.monotonic() + get("load-timeout")
+    try:
+        deadline = time.monotonic() + get("load-timeout")
+    except ValueError as error:  # what somebody set it to makes no sense
+        _give_up(space, lo, thread, error)
+        return
     pause = _FIRST_PAUSE
     while True:
         service = space.service
@@ -102,6 +135,8 @@ def _give_up(space: Space, lo: int, thread: int, error: BaseException) -> None:
 
 def _raise_in(thread: int, error: ZBigError) -> None:
     """Raise asynchronously. The interpreter wants a class, which it calls with no argument."""
+    if thread in _loaders:
+        return  # which would end the loader, not what it was made to run
     cls = type(error)
     args = error.args
 

@@ -9,15 +9,17 @@ are short runs, because a mapping costs more than a copy of a few pages.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Piece", "Source", "plan"]
+from dask_zbig.descriptors import Descriptor
 
-PAGE = 4096
+__all__ = ["Piece", "Source", "batches", "plan"]
+
+PAGE, BLOCK = 4096, 2 << 20
 #: Shorter runs are copied rather than mapped: 64 KiB.
 MIN_DIRECT = 16 * PAGE
 
@@ -32,11 +34,15 @@ class Source(Protocol):
     def length(self) -> int:
         """Number of bytes."""
 
+    @property
+    def in_file(self) -> bool:
+        """Whether a file holds the bytes, so that they can be mapped."""
+
     def local(self) -> bool:
         """Whether the bytes can be had without asking a server."""
 
-    def fileno(self) -> int | None:
-        """An open descriptor of a file that holds the bytes, valid while the source lives; or None."""
+    def descriptor(self) -> Descriptor | None:
+        """That file, open for as long as the result lives; or None if there is no such file."""
 
     def read(self, offset: int, size: int) -> bytes:
         """Bytes [offset, offset + size)."""
@@ -79,7 +85,7 @@ def _direct(
         if ends_file and last < stop <= hi and next_start >= _up(stop):
             last = _up(stop)  # the kernel shows zeros after a file's end, as the hole there wants
         first, last = max(first, lo), min(last, hi)
-        if last - first < MIN_DIRECT or source.fileno() is None:
+        if last - first < MIN_DIRECT or not source.in_file:
             continue
         yield first, last, index, offset + (first - start)
 
@@ -128,3 +134,34 @@ def plan(extents: npt.NDArray[np.void], sources: Sequence[Source], lo: int, hi: 
     if at < hi:
         pieces.append(Piece(at, hi, "hole"))
     return pieces
+
+
+def batches(pieces: Sequence[Piece], lo: int, hi: int, most: int) -> Iterator[tuple[int, int, list[Piece]]]:
+    """Split a plan of [lo, hi), whole blocks, into runs of blocks that map `most` files, or are one block.
+
+    Yields
+    ------
+    start, stop, pieces
+        The pieces cover [start, stop).
+    """
+    files = [p.stop for p in pieces if p.kind == "direct"]
+    starts = [p.start for p in pieces if p.kind == "direct"]
+    first = file = 0  # the first piece, and file, that has not been passed
+    while lo < hi:
+        while file < len(files) and files[file] <= lo:
+            file += 1
+        end = hi
+        if file + most < len(files):
+            end = max(starts[file + most] // BLOCK * BLOCK, lo + BLOCK)
+        while pieces[first].stop <= lo:
+            first += 1
+        last = first
+        while last < len(pieces) and pieces[last].start < end:
+            last += 1
+        yield lo, end, [_cut(p, lo, end) for p in pieces[first:last]]
+        lo = end
+
+
+def _cut(p: Piece, lo: int, hi: int) -> Piece:
+    start, stop = max(p.start, lo), min(p.stop, hi)
+    return replace(p, start=start, stop=stop, offset=p.offset + (start - p.start) if p.kind == "direct" else 0)

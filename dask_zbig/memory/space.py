@@ -10,7 +10,6 @@ import atexit
 import contextlib
 import itertools
 import os
-import secrets
 import threading
 import weakref
 from collections.abc import Sequence
@@ -22,8 +21,9 @@ import numpy.typing as npt
 
 from dask_zbig.errors import ForkError
 from dask_zbig.memory._native import BLOCK, check, ffi, lib, start
+from dask_zbig.tempfiles import Hold, new_name
 
-__all__ = ["RUN", "Generation", "Service", "Space", "StaleFill", "Window", "find_space"]
+__all__ = ["RUN", "Generation", "Service", "Space", "StaleFill", "Window", "find_space", "place_of"]
 
 #: Runs of dirty pages: [start, stop) of the file lies in scratch file `file` at `offset`.
 RUN = np.dtype([("start", "<u8"), ("stop", "<u8"), ("offset", "<u8"), ("file", "<u8")])
@@ -59,6 +59,17 @@ class Generation:
     files: list[str]
 
 
+def place_of(view: npt.NDArray[Any]) -> tuple[Space, int] | None:
+    """The space that an ndarray is a view of, and the position of its element (0, ..., 0); None if of none."""
+    base: Any = view
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if not isinstance(base, _Lease):
+        return None
+    address: int = view.__array_interface__["data"][0]
+    return base.window.space, address - base.address + base.window.start
+
+
 def find_space(number: int) -> Space | None:
     """The living space of this number."""
     return _spaces.get(number)
@@ -89,6 +100,11 @@ class Window:
     def stop(self) -> int:
         """Position after the window's last byte."""
         return self.start + self.length
+
+    @property
+    def address(self) -> int:
+        """Of its first byte."""
+        return int(ffi.cast("uintptr_t", lib.zb_window_base(self._handle)))
 
     def view(
         self,
@@ -146,8 +162,11 @@ class Window:
         check(result, f"map bytes {lo}..{hi}")
 
     def write(self, lo: int, data: npt.NDArray[np.uint8] | None, size: int) -> int:
-        """Make [lo, lo + size) dirty; with `data` (whole pages) by its bytes. Returns 0 or a negative errno."""
-        pointer = ffi.NULL if data is None else ffi.cast("void *", data.ctypes.data)
+        """Make [lo, lo + size) dirty; with `data` (whole pages) by its bytes. Returns 0 or a negative errno.
+
+        See ``zb_write``. The GIL is not held meanwhile.
+        """
+        pointer = ffi.NULL if data is None else ffi.cast("void *", data.__array_interface__["data"][0])
         return int(lib.zb_write(self._handle, lo, lo + size, pointer))
 
     def release(self) -> None:
@@ -163,7 +182,7 @@ class _Lease:
 
     def __init__(self, window: Window) -> None:
         self.window = window
-        self.address = int(ffi.cast("uintptr_t", lib.zb_window_base(window._handle)))
+        self.address = window.address
         self._length = window.length
 
     @property
@@ -196,8 +215,9 @@ class Space:
         start()
         self.number = next(_ids)
         self._pid = os.getpid()
-        self._prefix = f"zbig-{os.getpid()}-{secrets.token_hex(8)}"
+        self._prefix = new_name()
         self._place = [directory, self._prefix]  # (shared with the finalizer)
+        self._holds = [Hold(directory)]  # (too)
         out = ffi.new("zb_space **")
         check(
             lib.zb_space_new(out, self.number, os.fsencode(directory), self._prefix.encode()),
@@ -207,7 +227,7 @@ class Space:
         self._service = weakref.ref(service)
         self._windows: list[weakref.ref[Window]] = []
         self._lock = threading.Lock()
-        weakref.finalize(self, _end_space, self._handle, self._place).atexit = False
+        weakref.finalize(self, _end_space, self._handle, self._place, self._holds).atexit = False
         _spaces[self.number] = self
 
     @property
@@ -224,8 +244,15 @@ class Space:
         """Make scratch files in another directory. Not while pages are dirty."""
         if self.dirty_pages:
             raise ValueError("the scratch directory cannot change while pages are dirty")
-        check(lib.zb_space_scratch(self._handle, os.fsencode(directory)), f"use {directory!r}")
+        hold = Hold(directory)
+        try:
+            check(lib.zb_space_scratch(self._handle, os.fsencode(directory)), f"use {directory!r}")
+        except BaseException:
+            hold.release()
+            raise
         self._place[0] = directory
+        self._holds.append(hold)
+        self._holds.pop(0).release()
 
     def check_process(self) -> None:
         """Raise `ForkError` in a forked child."""
@@ -270,6 +297,10 @@ class Space:
     def error(self) -> int:
         """The errno that a write of this generation met, or 0."""
         return int(lib.zb_space_error(self._handle))
+
+    def fail(self, error: int) -> None:
+        """Have the generation count as failed, by a (positive) errno: it can only be discarded."""
+        lib.zb_space_fail(self._handle, error)
 
     def set_limit(self, size: int) -> None:
         """The file's size in bytes: growing write units stop there."""
@@ -323,9 +354,11 @@ def _forget_scratch(handle: Any, place: list[str]) -> None:
     lib.zb_space_close(handle)
 
 
-def _end_space(handle: Any, place: list[str]) -> None:
+def _end_space(handle: Any, place: list[str], holds: list[Hold]) -> None:
     _forget_scratch(handle, place)
     lib.zb_space_free(handle)
+    for hold in holds:
+        hold.release()
 
 
 @atexit.register

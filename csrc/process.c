@@ -1,0 +1,115 @@
+/* SPDX-License-Identifier: MIT
+ * process.c - what there is once in a process: starting and stopping, forks, counters. */
+#include "internal.h"
+
+struct zb_globals zb_g = {.poison_fd = -1};
+__thread uint32_t zb_busy __attribute__((tls_model("initial-exec")));
+
+/* -- fork ----------------------------------------------------------------------------------------------------- */
+
+static void fork_prepare(void)
+{
+    zb_lock(&zb_g.registry_lock);
+}
+
+static void fork_parent(void)
+{
+    zb_unlock(&zb_g.registry_lock);
+}
+
+/* The child shares the parent's scratch files: no page of them may stay writable here, nor can anything be
+ * loaded. So every window goes dark; touching one says why and is a plain SIGSEGV. */
+static void fork_child(void)
+{
+    for (size_t i = 0; i < zb_g.nwindows; i++) {
+        zb_window *w = zb_g.registry[i];
+        zb_map_none(w->base, w->blocks * ZB_BLOCK);
+    }
+    for (zb_space *s = zb_g.spaces; s; s = s->next) {
+        s->forked = true;
+        s->lock = 0;
+        if (s->fd >= 0) close(s->fd);
+        s->fd = -1;
+    }
+    zb_request_fork();
+    zb_g.registry_lock = 0;
+    zb_busy = 0;
+}
+
+/* -- process -------------------------------------------------------------------------------------------------- */
+
+static int make_poison(void)
+{
+    int fd = memfd_create("zbig-poison", MFD_CLOEXEC);
+    if (fd < 0) return -errno;
+    unsigned char page[ZB_PAGE];
+    memset(page, 0xFF, sizeof page);
+    for (size_t done = 0; done < ZB_BLOCK;) {
+        ssize_t n = write(fd, page, sizeof page);
+        if (n < 0 && errno == EINTR) continue;
+        if (n <= 0) {
+            int e = n < 0 ? errno : EIO;
+            close(fd);
+            return -e;
+        }
+        done += (size_t)n;
+    }
+    zb_g.poison_fd = fd;
+    return 0;
+}
+
+int zb_init(const zb_hooks *hooks)
+{
+    if (zb_g.initialised) return 0;
+    int r = make_poison();
+    if (r) return r;
+    r = pthread_atfork(fork_prepare, fork_parent, fork_child);
+    if (r) return -r;
+    zb_g.hooks = *hooks;
+    zb_g.initialised = true;
+    return 0;
+}
+
+int zb_poison_fd(void)
+{
+    return zb_g.poison_fd;
+}
+
+void zb_shutdown(void)
+{
+    atomic_store(&zb_g.shut, true);
+    zb_request_shutdown();
+    zb_lock(&zb_g.registry_lock);
+    for (size_t i = 0; i < zb_g.nwindows; i++) zb_wake(zb_g.registry[i]->space);
+    zb_unlock(&zb_g.registry_lock);
+}
+
+void zb_counters(zb_count *out)
+{
+#define GET(name) out->name = atomic_load_explicit(&zb_g.count.name, memory_order_relaxed)
+    GET(read_faults);
+    GET(write_faults);
+    GET(bus_faults);
+    GET(spurious);
+    GET(chained);
+    GET(waits);
+    GET(fills);
+    GET(stale_fills);
+    GET(bytes_copied);
+    GET(overflows);
+    GET(mappings);
+#undef GET
+}
+
+void zb_mappings_set(uint64_t n)
+{
+    zb_lock(&zb_g.registry_lock);
+    for (size_t i = 0; i < zb_g.nwindows; i++) { /* n has what they counted; freeing them must not take it off */
+        zb_window *w = zb_g.registry[i];
+        zb_lock(&w->space->lock);
+        w->maps = 0;
+        zb_unlock(&w->space->lock);
+    }
+    atomic_store_explicit(&zb_g.count.mappings, n, memory_order_relaxed);
+    zb_unlock(&zb_g.registry_lock);
+}
