@@ -67,7 +67,9 @@ OPTIONS: dict[str, Option] = {
         None, _texts, "alias of a database -> the URI or ZConfig text with which this process opens it"
     ),
     "zeo.wait-timeout": Option("30 s", _seconds, "how long to wait for a ZEO server to answer"),
-    "lease-seconds": Option("24 h", _seconds, "age at which data staged but never published may be removed"),
+    "lease-seconds": Option(
+        "24 h", _seconds, "how long data that was staged but not published outlives whoever works at it"
+    ),
 }
 """Every option by its name below ``zbig``."""
 

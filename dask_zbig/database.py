@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from dask_zbig import config
+from dask_zbig import config, uris
 from dask_zbig.errors import ClosedError, DatabaseUnavailableError, ForkError, SnapshotError
 from dask_zbig.location import Location, describe, why_not
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transaction.interfaces import ITransactionManager
     from ZODB.Connection import Connection
 
-__all__ = ["Location", "database", "has_blobs", "location", "open", "open_at", "register", "snapshot", "sync"]
+__all__ = ["Location", "database", "has_blobs", "locate", "location", "open", "open_at", "register", "snapshot", "sync"]
 
 
 def open(where: str | os.PathLike[str], **db_options: Any) -> ZODB.DB:
@@ -133,6 +133,26 @@ def database(location: Location) -> ZODB.DB:
     Safe to call from any thread: one opens, the others wait and get the same database or the same error.
     """
     return _registry.find(location.alias) or _registry.opened(location.alias, lambda: _open_lazily(location))
+
+
+def locate(where: str) -> Location:
+    """Return the location of what a path, URI or ZConfig text names, opened here if it is not.
+
+    A database that is opened for this is kept, for the next time: do not close it.
+
+    Raises
+    ------
+    DatabaseURIError, DatabaseUnavailableError
+        As :func:`open` does.
+    """
+    alias = uris.alias_of(where)
+    found = _registry.find(alias) if alias else None
+    if found is None:
+        path = (alias or "").removeprefix("file://")
+        if path != alias and path and not os.path.exists(path):
+            raise DatabaseUnavailableError(f"there is no database {alias}")
+        found = _registry.opened(alias or f"text:{uris.fingerprint(where)}", lambda: open(where))
+    return location(found)
 
 
 def snapshot(conn: Connection) -> bytes:
@@ -296,8 +316,8 @@ class _Registry:
             future = self._opening.get(alias)
             mine = future is None
             if future is None:
-                found = self.find(alias)
-                if found is not None:
+                found = self.find(alias) or self._kept.get(alias)
+                if found is not None and _is_open(found):
                     return found
                 future = self._opening[alias] = Future()
         if mine:

@@ -19,12 +19,15 @@ __all__ = [
     "IndexingError",
     "LoadError",
     "NotStoredError",
+    "OutcomeUnknownError",
+    "PickleError",
     "PublishError",
     "ScratchError",
     "ServerError",
     "ShapeError",
     "SnapshotError",
     "UncommittedChangesError",
+    "ViewError",
     "WindowError",
     "ZBigError",
 ]
@@ -66,6 +69,14 @@ class CopyError(ZBigError, TypeError):
     """A stored array cannot be copied as a Python object: its bytes are elsewhere."""
 
 
+class PickleError(ZBigError, TypeError):
+    """An array that other processes could not find as it is, not stored or changed, was to be pickled."""
+
+
+class ViewError(ZBigError, ValueError):
+    """Something that is no view of a stored array was used where one is needed."""
+
+
 class ShapeError(ZBigError, ValueError):
     """A shape, or a pair of shapes, that makes no sense for the operation."""
 
@@ -100,3 +111,7 @@ class ServerError(ZBigError, RuntimeError):
 
 class PublishError(ZBigError, RuntimeError):
     """A cluster's staged data cannot be published: the job is unknown or incomplete."""
+
+
+class OutcomeUnknownError(ZBigError, RuntimeError):
+    """The answer to a commit was lost, and nobody can be asked now whether it was done."""

@@ -27,7 +27,7 @@ from dask_zbig.storage import extents as ex
 from dask_zbig.storage.compaction import BLOB_BYTES, to_join
 from dask_zbig.storage.format import LEAF_BYTES
 from dask_zbig.storage.segment import BytesSource
-from dask_zbig.trim import trim
+from dask_zbig.trim import compose, torn, trim
 
 __all__ = ["flush"]
 
@@ -43,6 +43,7 @@ def _combine(file: OpenFile) -> Changes:
         all_.sources += layer.sources
         all_.refs += layer.refs
         all_.loose += [ref is None and not layer.exact for ref in layer.refs]
+        all_.written = ex.union(all_.written, layer.written)
     all_.extents = ex.clip(all_.extents, 0, file.owner.nbytes)  # an old view may have written past the end
     return all_
 
@@ -54,9 +55,30 @@ def _trimmed(file: OpenFile, changes: Changes) -> npt.NDArray[np.void]:
     for lo, hi in ex.covered(todo).tolist():
         file.resolve(lo, hi)
         base, base_sources = file.content(lo, hi, base_only=True)
-        parts.append(trim(ex.clip(todo, lo, hi), changes.sources, base, base_sources, file.owner.granule))
+        part = ex.clip(todo, lo, hi)
+        # What was written without a look at the old bytes need not be compared if these would have to be fetched.
+        far = [i for i in ex.used(base).tolist() if not base_sources[i].local()] if len(changes.written) else []
+        unseen = ex.intersect(changes.written, ex.covered(base[np.isin(base["segment"], far)]))
+        parts.append(ex.restrict(part, unseen))
+        rest = ex.restrict(part, ex.subtract(ex.one_range(lo, hi), unseen))
+        parts.append(trim(rest, changes.sources, base, base_sources, file.owner.granule))
     joined = np.concatenate(parts)
     return joined[np.argsort(joined["start"], kind="stable")]
+
+
+def _whole_elements(file: OpenFile, changes: Changes) -> None:
+    """Claim elements as a whole, also where only one of the pages that they lie in was written."""
+    rows, parts, offset = [], [], 0
+    for lo, hi in torn(changes.extents, file.owner.granule).tolist():
+        file.resolve(lo, hi)
+        parts.append(compose(*file.content(lo, hi), lo, hi))
+        rows.append((lo, hi, len(changes.sources), offset))
+        offset += hi - lo
+    if not rows:
+        return
+    changes.extents = ex.splice(changes.extents, ex.make(rows))
+    changes.sources.append(BytesSource(b"".join(parts)))
+    changes.refs.append(None)
 
 
 def flush(file: OpenFile, target: Target) -> None:
@@ -74,6 +96,7 @@ def flush(file: OpenFile, target: Target) -> None:
         return
     changes = _combine(file)
     changes.extents = _trimmed(file, changes)
+    _whole_elements(file, changes)
     extents, refs = SegmentWriter(file, target).store(changes)
     touched = sorted(
         {i for lo, hi in ex.covered(extents).tolist() for i in range(lo // LEAF_BYTES, (hi - 1) // LEAF_BYTES + 1)}

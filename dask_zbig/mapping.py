@@ -16,10 +16,11 @@ import numpy as np
 import numpy.typing as npt
 from ZODB.POSException import POSError
 
+from dask_zbig.descriptors import Descriptor
 from dask_zbig.errors import WindowError, ZBigError
 from dask_zbig.memory._native import BLOCK
 from dask_zbig.memory.cache import CacheFile
-from dask_zbig.memory.plan import Piece, Source, plan
+from dask_zbig.memory.plan import Piece, Source, batches, plan
 from dask_zbig.memory.space import Service, Space, StaleFill, Window
 from dask_zbig.storage import extents as ex
 from dask_zbig.trim import compose
@@ -32,8 +33,8 @@ _log = logging.getLogger(__name__)
 ROOMY = 1 << 45
 #: After a small commit pages are moved one by one, each taking a mapping, this often in a row in one block.
 MOVES = 64
-#: Segments that are mapped at once: each takes a descriptor meanwhile.
-AT_ONCE = 128
+#: Files that are mapped at once: each takes a descriptor meanwhile, in every thread that maps.
+AT_ONCE = 32
 
 
 class Content(Service, Protocol):
@@ -140,22 +141,21 @@ class Mapping:
 
     def _map_run(self, owner: Content, window: Window, epoch: int, lo: int, hi: int) -> None:
         extents, sources = owner.content(lo, hi)
-        if len(ex.used(extents)) > AT_ONCE and hi - lo > BLOCK:
-            middle = lo + (hi - lo) // 2 // BLOCK * BLOCK
-            self._map_run(owner, window, epoch, lo, middle)
-            self._map_run(owner, window, epoch, middle, hi)
-            return
-        rows = [self._row(p, extents, sources) for p in plan(extents, sources, lo, hi)]
-        window.fill(epoch, lo, hi, rows)
-        del sources  # which own the descriptors
+        for a, b, some in batches(plan(extents, sources, lo, hi), lo, hi, AT_ONCE):
+            files: list[Descriptor] = []  # open until they are mapped
+            rows = [self._row(p, extents, sources, files) for p in some]
+            window.fill(epoch, a, b, rows)
 
-    def _row(self, p: Piece, extents: ex.Extents, sources: Sequence[Source]) -> tuple[int, int, int, int]:
+    def _row(
+        self, p: Piece, extents: ex.Extents, sources: Sequence[Source], files: list[Descriptor]
+    ) -> tuple[int, int, int, int]:
         if p.kind == "hole":
             return (p.start, p.stop, 0, -1)
         if p.kind == "direct":
-            fd = sources[p.source].fileno()
-            assert fd is not None
-            return (p.start, p.stop, p.offset, fd)
+            file = sources[p.source].descriptor()
+            assert file is not None
+            files.append(file)
+            return (p.start, p.stop, p.offset, file.fd)
         fd, offset = self._cache.add(compose(extents, sources, p.start, p.stop))
         return (p.start, p.stop, offset, fd)
 

@@ -13,7 +13,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
@@ -23,7 +23,7 @@ from ZODB.POSException import ConflictError
 from dask_zbig.basemap import BaseMap, Leaf
 from dask_zbig.errors import ClosedError, LoadError, ZBigError
 from dask_zbig.mapping import Mapping
-from dask_zbig.memory._native import PAGE
+from dask_zbig.memory._native import PAGE, start
 from dask_zbig.memory.loader import ensure_loaders
 from dask_zbig.memory.plan import Source
 from dask_zbig.memory.space import Generation, StaleFill
@@ -63,6 +63,7 @@ class Layer:
 
     `extents` refer to `sources`; `refs` has, for each source, the segment it is already, or None for a
     scratch file. `exact`: every byte of it was changed, not just some of each page. `files`: scratch files.
+    `written`: where every byte was, at once, without a look at what it had been.
     """
 
     extents: ex.Extents
@@ -70,6 +71,7 @@ class Layer:
     refs: tuple[SegmentRef | None, ...]
     exact: bool
     files: tuple[str, ...] = ()
+    written: ex.Ranges = field(default_factory=ex.no_ranges)
 
 
 #: What a savepoint remembers of a file: its layers, and where it was truncated.
@@ -83,6 +85,9 @@ class OpenFile:
     ----------
     failure : Exception or None
         Why this transaction must not be committed.
+    turn : RLock
+        Held while a view is made, which uses the connection: several threads may slice an array (Dask's do). No
+        managed memory is touched meanwhile. Shared by all files of a connection.
     """
 
     def __init__(self, file: ZBigFile, owner: Owner, directory: str) -> None:
@@ -96,13 +101,16 @@ class OpenFile:
         self.local: dict[Any, Source] = {}  # of segments that this transaction made, by SegmentRef.key
         self.mapping = Mapping(directory, self)
         self.space = self.mapping.space
+        self.turn = threading.RLock()
         self._lock = threading.RLock()  # of the tables below; never held while anything is loaded
         self._base = BaseMap(file, self._lock, _weakly(self, OpenFile._stale))
         self._superseded: dict[int, Leaf] = {}  # what dirty pages were made from, and is no more
         self._poisoned = ex.no_ranges()
+        self._written = ex.no_ranges()  # see Layer, of the generation
         self._cut: int | None = None  # where this transaction has truncated the file, at the lowest
         self._merged = False  # whether there came an invalidation between the flush and the end of the commit
         self._limit = -1
+        self._longest = 0  # that the array was when views were made
         on_store(file, _weakly(self, OpenFile._before_store))
         watch(file, _weakly(self, OpenFile._stale, 0, _END))
 
@@ -118,12 +126,13 @@ class OpenFile:
         strides: tuple[int, ...],
     ) -> npt.NDArray[Any]:
         """An ndarray onto bytes [lo, hi), what is at hand of them mapped already."""
-        self.enter()
-        window = self.mapping.window(lo, hi, self._limit)
-        if window.absent(lo, hi) < hi:
-            self.fill(lo, hi)
-        window.saw(hi - lo)
-        return window.view(position, shape, dtype, strides, self.writeable)
+        with self.turn:
+            self.enter()
+            window = self.mapping.window(lo, hi, self._limit)
+            if window.absent(lo, hi) < hi:
+                self.fill(lo, hi)
+            window.saw(hi - lo)
+            return window.view(position, shape, dtype, strides, self.writeable)
 
     @property
     def writeable(self) -> bool:
@@ -133,6 +142,7 @@ class OpenFile:
     def enter(self) -> None:
         """What every use of the array begins with."""
         self.space.check_process()
+        start()
         ensure_loaders()
         if self.manager is not None:
             self.manager.join()
@@ -140,6 +150,7 @@ class OpenFile:
         if size != self._limit:
             self.space.set_limit(size)
             self._limit = size
+            self._longest = max(size, self._longest)
 
     # -- filling
 
@@ -172,9 +183,10 @@ class OpenFile:
 
     def prefetch(self, lo: int, hi: int) -> None:
         """Map all of [lo, hi) now. Raises `LoadError`."""
-        self.enter()
-        if self.mapping.window(lo, hi, self._limit).absent(lo, hi) < hi:
-            self.fill(lo, hi, local_only=False)
+        with self.turn:
+            self.enter()
+            if self.mapping.window(lo, hi, self._limit).absent(lo, hi) < hi:
+                self.fill(lo, hi, local_only=False)
 
     def serve(self, lo: int, hi: int, recheck: bool) -> None:
         """For loaders: fill the blocks [lo, hi)."""
@@ -310,12 +322,18 @@ class OpenFile:
         with self._lock:  # a fill is planned before both, and then is stale, or after both
             generation = self.space.freeze()
             try:
-                self.push(_layer_of(generation))
+                self.push(_layer_of(generation, self._written))
+                self._written = ex.no_ranges()
             except BaseException as e:  # it is in no layer: it can only be forgotten
                 self.failure = self.failure or e
                 self._poisoned = ex.union(self._poisoned, ex.normalize(_run_ranges(generation)))
                 _unlink(generation.files)
                 raise
+
+    def wrote(self, lo: int, hi: int) -> None:
+        """All bytes of [lo, hi) have been assigned, without a look at what they were."""
+        with self._lock:
+            self._written = ex.union(self._written, ex.one_range(lo, hi))
 
     def push(self, layer: Layer) -> None:
         """Put a layer on top. The mapping of its bytes must be right already, or be dropped by the caller."""
@@ -339,16 +357,23 @@ class OpenFile:
 
     def clear_beyond(self, size: int) -> None:
         """Forget uncommitted bytes from `size` on: an old, longer view may have written there."""
-        if not self.space.dirty_pages and not self.layers:
-            return
-        self.freeze()
-        if any(len(ex.clip(layer.extents, size, _END)) for layer in self.layers):
-            self._cut_layers(size)
-            self._remap(ex.one_range(size, _END))
+        if self._longest <= size:
+            return  # (or each append would freeze what the last one wrote, and cost more with every layer)
+        if self.space.dirty_pages or self.layers:
+            self.freeze()
+            if any(len(ex.clip(layer.extents, size, _END)) for layer in self.layers):
+                self._cut_layers(size)
+                self._remap(ex.one_range(size, _END))
+        if not self.mapping.watched:  # there is no longer view any more
+            self._longest = size
 
     def _cut_layers(self, size: int) -> None:
+        left = ex.one_range(0, size)
         with self._lock:
-            self.layers = tuple(replace(k, extents=ex.clip(k.extents, 0, size)) for k in self.layers)
+            self.layers = tuple(
+                replace(k, extents=ex.clip(k.extents, 0, size), written=ex.intersect(k.written, left))
+                for k in self.layers
+            )
 
     def _remap(self, ranges: ex.Ranges) -> None:
         self.mapping.drop(ranges)
@@ -368,9 +393,10 @@ class OpenFile:
         """The commit is done: what was written is the base now."""
         flushed, self.flushed = self.flushed, ()
         merged, self._merged = self._merged, False  # if so, our pages lack what others committed
-        self.local.clear()
+        local, self.local = self.local, {}
         self._cut = None
         end = self.owner.nbytes
+        beyond = any(_holds_beyond(layer, end) for layer in flushed)
         for layer in flushed:
             left = [f for f in layer.files if os.path.exists(f)]
             if not left:
@@ -379,8 +405,9 @@ class OpenFile:
             if merged or len(flushed) > 1 or not self._keep(layer):
                 self._remap(ex.covered(layer.extents))
             _unlink(left)
-        if any(_holds_beyond(layer, end) for layer in flushed):
+        if beyond:
             self._remap(ex.one_range(end, _END))
+        _close(local)
 
     def _keep(self, layer: Layer) -> bool:
         """Leave the pages of a small change where they are in memory, though their scratch file goes."""
@@ -400,9 +427,10 @@ class OpenFile:
             gone, self.layers, self.flushed = self.layers + self.flushed, (), ()
             files = self.space.discard()
             self.failure = None
+            self._written = ex.no_ranges()
             self._merged = False
             self._cut = None
-            self.local.clear()
+            local, self.local = self.local, {}
             poisoned, self._poisoned = self._poisoned, ex.no_ranges()
         changed = ex.no_ranges()
         for layer in gone:
@@ -413,6 +441,7 @@ class OpenFile:
         self.mapping.drop(poisoned)
         self.mapping.note_dropped(ex.one_range(0, _END))  # wherever the pages of the generation were
         self._superseded.clear()
+        _close(local)
         _unlink(files)
 
     def state(self) -> State:
@@ -424,6 +453,7 @@ class OpenFile:
         """Back to a savepoint at which this was the state."""
         layers, self._cut = state
         _unlink(self.space.discard())
+        self._written = ex.no_ranges()
         kept = {f for layer in layers for f in layer.files}
         for layer in self.layers:
             _unlink(f for f in layer.files if f not in kept)
@@ -453,6 +483,7 @@ class OpenFile:
     def attach(self, manager: DataManager) -> None:
         """The array has got a connection."""
         self.manager = manager
+        self.turn = manager.turn
         self.reader = manager.reader
         if not self.space.dirty_pages:
             self.space.move_scratch(manager.scratch)
@@ -463,12 +494,12 @@ class OpenFile:
         store_new(self, jar)
 
 
-def _layer_of(generation: Generation) -> Layer:
+def _layer_of(generation: Generation, written: ex.Ranges) -> Layer:
     numbers = sorted(set(generation.runs["file"].tolist()))
     index = {n: i for i, n in enumerate(numbers)}
     sources = tuple(FileSource(generation.files[n - generation.first_file]) for n in numbers)
     rows = [(a, b, index[f], o) for a, b, o, f in generation.runs.tolist()]
-    return Layer(ex.make(rows), sources, (None,) * len(sources), False, tuple(generation.files))
+    return Layer(ex.make(rows), sources, (None,) * len(sources), False, tuple(generation.files), written)
 
 
 def _run_ranges(generation: Generation) -> npt.NDArray[np.uint64]:
@@ -492,6 +523,13 @@ def _holds_beyond(layer: Layer, end: int) -> bool:
     if ex.total(ex.covered(tail)) > PAGE:
         return True
     return any(any(layer.sources[i].read(offset, b - a)) for a, b, i, offset in tail.tolist())
+
+
+def _close(sources: dict[Any, Source]) -> None:
+    """Close scratch files that were made segments now: a savepoint that somebody still holds refers to them."""
+    for source in sources.values():
+        if isinstance(source, FileSource):
+            source.close()
 
 
 def _unlink(paths: Iterable[str]) -> None:

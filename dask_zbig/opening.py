@@ -107,6 +107,8 @@ def _quota(given: dict[str, str]) -> dict[str, int]:
 def _zeo(uri: str) -> _Source:
     import zodburi
 
+    from dask_zbig.storage.zeoclient import ClientStorage
+
     address, given = uris.parse_zeo(uri)
     if "blob_dir" in given:
         given["blob_dir"] = os.path.abspath(os.path.expanduser(given["blob_dir"]))
@@ -117,7 +119,7 @@ def _zeo(uri: str) -> _Source:
     given.setdefault("wait_timeout", str(max(1, math.ceil(config.get("zeo.wait-timeout")))))
 
     def client(**more: str) -> Any:
-        return zodburi.resolve_uri(uris.zeo_uri(address, **given, **more))[0]()
+        return ClientStorage.of(zodburi.resolve_uri(uris.zeo_uri(address, **given, **more))[0]())
 
     def storage() -> Any:
         if "blob_dir" not in given:

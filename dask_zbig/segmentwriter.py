@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import secrets
+import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from dask_zbig.memory.plan import Source
 from dask_zbig.openfile import OpenFile
 from dask_zbig.storage import extents as ex
 from dask_zbig.storage.segment import BytesSource, FileSource, InlineSegment, SegmentRef, checksum
+from dask_zbig.tempfiles import new_name
 
 __all__ = ["Changes", "Packer", "SegmentWriter", "Target", "add_blobs", "pieces", "seal", "store_files", "store_inline"]
 
@@ -44,6 +46,7 @@ class Changes:
     sources: list[Source] = field(default_factory=list)
     refs: list[SegmentRef | None] = field(default_factory=list)
     loose: list[bool] = field(default_factory=list)  # dirty pages, of which not every byte was changed
+    written: ex.Ranges = field(default_factory=ex.no_ranges)  # but here every byte was
 
 
 class SegmentWriter:
@@ -60,13 +63,18 @@ class SegmentWriter:
         staged = np.array([r is not None for r in changes.refs], bool)[extents["segment"]]
         self._keep(extents[staged], changes.refs)
         rest = extents[~staged]
-        if not self.target.blobs or ex.total(ex.covered(rest)) <= self.target.inline_limit:
-            self._inline(rest, sources)
+        if self._large(rest):
+            whole = np.isin(rest["segment"], self._dense(rest, sources))
+            self._whole(rest[whole], sources)
+            rest = rest[~whole]
+        if self._large(rest):
+            self._packed(rest, sources)
         else:
-            dense = self._dense(rest, sources)
-            self._whole(rest[np.isin(rest["segment"], dense)], sources)
-            self._packed(rest[~np.isin(rest["segment"], dense)], sources)
+            self._inline(rest, sources)
         return ex.make(sorted(self.rows)), self.refs
+
+    def _large(self, extents: npt.NDArray[np.void]) -> bool:
+        return self.target.blobs and ex.total(ex.covered(extents)) > self.target.inline_limit
 
     def _keep(self, extents: npt.NDArray[np.void], refs: Sequence[SegmentRef | None]) -> None:
         """What is in segments already."""
@@ -105,10 +113,11 @@ class SegmentWriter:
 
     @staticmethod
     def _dense(extents: npt.NDArray[np.void], sources: Sequence[Source]) -> list[int]:
-        """The sources whose files are worth keeping whole: no more than half of them is unused."""
+        """The scratch files that are worth keeping whole: no more than half of them is unused."""
         live = np.zeros(len(sources), np.int64)
         np.add.at(live, extents["segment"], (extents["stop"] - extents["start"]).astype(np.int64))
-        return [i for i in ex.used(extents).tolist() if 2 * live[i] >= sources[i].length]
+        used = ex.used(extents).tolist()
+        return [i for i in used if isinstance(sources[i], FileSource) and 2 * live[i] >= sources[i].length]
 
     def _whole(self, extents: npt.NDArray[np.void], sources: Sequence[Source]) -> None:
         """Scratch files become blobs as they are: no byte is copied."""
@@ -138,7 +147,10 @@ def pieces(extents: npt.NDArray[np.void], sources: Sequence[Source], most: int) 
 
 
 class Packer:
-    """Files of up to PACKED_BYTES in which pieces lie at the same offset modulo a page as in the array."""
+    """Files of up to PACKED_BYTES in which pieces lie at the same offset modulo a page as in the array.
+
+    `directory` is held (see `dask_zbig.tempfiles`) by the space of the file that the pieces are of.
+    """
 
     def __init__(self, directory: str) -> None:
         self._directory = directory
@@ -161,7 +173,7 @@ class Packer:
     def _next(self) -> None:
         if self._out is not None:
             self._out.close()
-        self._paths.append(os.path.join(self._directory, f"zbig-packed-{os.getpid()}-{secrets.token_hex(8)}"))
+        self._paths.append(os.path.join(self._directory, new_name()))
         fd = os.open(self._paths[-1], os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         self._out = os.fdopen(fd, "wb")
 
@@ -203,28 +215,43 @@ def add_blobs(
     """New blobs out of sealed files, which are moved."""
     refs = []
     for source, digest in zip(files, sums, strict=True):
-        ref = SegmentRef(_new_blob(connection, source.path), source.length, digest)
+        blob = Blob()
+        connection.add(blob)  # before it consumes the file, or that would go to the system's temporary directory
+        if file is None:
+            blob.consumeFile(source.path)
+        else:
+            source.give(blob.consumeFile)
+        _remove_if_not_stored(blob)
+        _once(connection, blob)
+        ref = SegmentRef(blob, source.length, digest)
         if file is not None:
             file.local[ref.key] = source
         refs.append(ref)
     return refs
 
 
-def _new_blob(connection: Any, path: str) -> Blob:
-    blob = Blob()
-    connection.add(blob)  # before consumeFile, or that would move the file to the system's temporary directory
-    blob.consumeFile(path)
+def _remove_if_not_stored(blob: Blob) -> None:
+    """ZODB's own callback for this is lost if a blob dies as part of a cycle: after a commit that failed, it does."""
+    weakref.finalize(blob, _unlink, blob._p_blob_uncommitted, os.getpid())
+
+
+def _unlink(path: str, pid: int) -> None:
+    if os.getpid() == pid:  # a forked child has the same object, but the file is not its own
+        with contextlib.suppress(FileNotFoundError):  # the storage has moved it
+            os.unlink(path)
+
+
+def _once(connection: Any, blob: Blob) -> None:
     # In the middle of a commit (of an array that was not stored before) the connection has the blob on two
     # lists now, as added and as changed, and would store it twice.
     added = connection._added_during_commit
     if added is not None and blob in added:
         added.remove(blob)
-    return blob
 
 
 def _sync(source: FileSource) -> None:
     try:
-        os.fsync(source.fileno())
+        os.fsync(source.descriptor().fd)
     except OSError as e:
         raise ScratchError(e.errno, f"cannot sync {source.path!r}: {e.strerror}") from e
 

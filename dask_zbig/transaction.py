@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import threading
-import types
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -29,13 +28,14 @@ from dask_zbig import database
 from dask_zbig.config import get
 from dask_zbig.errors import ClosedError, NotStoredError
 from dask_zbig.flush import flush
-from dask_zbig.memory._native import recount_mappings
+from dask_zbig.guards import guard_connection, take_back, watch_get, watch_unjoin
+from dask_zbig.memory._native import recount_mappings, start
 from dask_zbig.openfile import OpenFile, Owner, State
 from dask_zbig.segmentwriter import Target
 from dask_zbig.storage.segment import reader
 from dask_zbig.storage.tree import ZBigFile
 
-__all__ = ["DataManager", "manager_of", "open_file", "store_new"]
+__all__ = ["DataManager", "about_to_store", "manager_of", "open_file", "store_new"]
 
 _managers: weakref.WeakKeyDictionary[Any, DataManager] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
@@ -61,12 +61,7 @@ def open_file(file: ZBigFile, owner: Owner, connection: Any) -> OpenFile:
     if connection is not None:
         manager = manager_of(connection)
         opened = manager.files.get(file)
-        if opened is None:
-            opened = _unattached(file)
-            if opened is None:
-                opened = OpenFile(file, owner, manager.scratch)
-            manager.adopt(opened)
-        return opened
+        return opened if opened is not None else manager.open(file, owner)
     opened = _unattached(file)
     if opened is None:
         opened = OpenFile(file, owner, _scratch_directory(None))
@@ -92,6 +87,13 @@ def store_new(opened: OpenFile, connection: Any) -> None:
         manager.flush(opened)
 
 
+def about_to_store(file: ZBigFile, owner: Owner, connection: Any) -> None:
+    """The state of a new array is being taken. If a commit does that, its manager is to know, whatever comes of it."""
+    manager = manager_of(connection)
+    if manager.transaction_manager.get().status == Status.COMMITTING:
+        manager.open(file, owner)
+
+
 def _scratch_directory(connection: Any) -> str:
     configured = get("scratch-directory")
     if configured:
@@ -108,6 +110,7 @@ class DataManager:
         self._connection = weakref.ref(connection)
         self.transaction_manager = connection.transaction_manager
         self.files: dict[ZBigFile, OpenFile] = {}
+        self.turn = threading.RLock()  # see OpenFile
         self.flushing: set[ZBigFile] = set()
         self._transaction: Any = None  # the one we have joined
         self._adopted: dict[ZBigFile, State] = {}  # by a savepoint of the connection alone
@@ -119,7 +122,8 @@ class DataManager:
         self._db = weakref.ref(connection.db())
         self._snapshot = database.snapshot(connection)
         self.writeable = connection.before is None and not connection.isReadOnly()
-        _guard(connection)
+        guard_connection(connection, _managers)
+        watch_get(self.transaction_manager, self)
         self.transaction_manager.registerSynch(self)
 
     @property
@@ -133,6 +137,15 @@ class DataManager:
         """Whether this manager still serves its connection: not after that was closed, or lost its cache."""
         connection = self._connection()
         return connection is not None and connection.opened is not None and connection._cache is self._cache
+
+    def open(self, file: ZBigFile, owner: Owner) -> OpenFile:
+        """Serve a file from now on, if it is not served already."""
+        with self.turn:
+            opened = self.files.get(file)
+            if opened is None:
+                opened = _unattached(file) or OpenFile(file, owner, self.scratch)
+                self.adopt(opened)
+            return opened
 
     def adopt(self, opened: OpenFile) -> None:
         """Serve this file from now on."""
@@ -161,13 +174,19 @@ class DataManager:
             return
         with contextlib.suppress(NoTransaction):  # explicit mode, outside of any: reading is allowed
             current = self.transaction_manager.get()
-            if self._transaction is None:  # get() may have begun one, which calls newTransaction
+            over = current.status == Status.COMMITTED  # hooks and synchronizers may read then, as they may objects
+            if self._transaction is None and not over:  # get() may have begun one, which calls newTransaction
                 self._join(current)
+
+    @property
+    def joined(self) -> bool:
+        """Whether it takes part in a transaction now."""
+        return self._transaction is not None
 
     def _join(self, current: Any) -> None:
         current.join(self)
         self._transaction = current
-        _watch_unjoin(current)
+        watch_unjoin(current, DataManager)
 
     @property
     def dirty(self) -> bool:
@@ -238,8 +257,11 @@ class DataManager:
             if done:
                 if opened.flushed:
                     opened.settle()
-            elif opened.dirty:
-                opened.discard()
+            else:
+                if opened.dirty:
+                    opened.discard()
+                take_back(opened.owner, self.connection)  # (see there; we may have come into it too late)
+                take_back(file, self.connection)
             if file._p_jar is None and not done:  # it was new
                 del self.files[file]
                 opened.reset()
@@ -251,7 +273,8 @@ class DataManager:
 
     def newTransaction(self, current: Any) -> None:
         """A transaction begins. The connection tells, by `polled`, when it has moved to its snapshot."""
-        if any(f.mapping.watched for f in self.files.values()):
+        if self._transaction is None and any(f.mapping.watched for f in self.files.values()):
+            start()
             self._join(current)
 
     def polled(self) -> None:
@@ -270,7 +293,7 @@ class DataManager:
 
     def join_savepoint(self, opened: OpenFile) -> None:
         """An array has become known by a savepoint, which is being taken, of the Connection: it is part of it."""
-        # If we had no part in that savepoint, see `_guard`.
+        # If we had no part in that savepoint, see `guard_connection`.
         states = self._latest if self._latest is not None else self._adopted
         states[opened.file] = opened.state()
 
@@ -295,6 +318,14 @@ class DataManager:
 
     # -- closing
 
+    def refuse_close(self) -> None:
+        """Raise ZODB's `ConnectionStateError` if there is anything that closing would lose."""
+        if self.dirty:
+            names = ", ".join(repr(f.owner) for f in self.files.values() if f.dirty)
+            raise ConnectionStateError(
+                f"Cannot close a connection with uncommitted changes of {names}: commit or abort first"
+            )
+
     def close(self) -> None:
         """The connection goes: nothing is served any more."""
         self.transaction_manager.unregisterSynch(self)
@@ -310,59 +341,3 @@ class _Savepoint:
 
     def rollback(self) -> None:
         self._manager.rollback(self._state)
-
-
-def _watch_unjoin(current: Any) -> None:
-    """Have a transaction ask before it lets a data manager of ours go: its views may be written to after that."""
-    if "_unjoin" in current.__dict__:
-        return
-    cls = type(current)
-
-    def unjoin(self: Any, resource: Any) -> None:
-        if not (isinstance(resource, DataManager) and resource.stays(self)):
-            cls._unjoin(self, resource)
-
-    current._unjoin = types.MethodType(unjoin, current)
-
-
-def _guard(connection: Any) -> None:
-    """Wrap methods of this Connection object, once.
-
-    ``newTransaction``: other synchronizers may run before the connection has polled for invalidations, or
-    after; this is the one place that knows. ``close``: ZODB refuses to close a connection with changed objects,
-    but what close callbacks raise is only logged. ``_rollback_savepoint``: an array may become known to us by the
-    very savepoint that the connection takes, when it is too late to take part in it.
-    """
-    if "_zbig_guarded" in connection.__dict__:
-        return
-    cls = type(connection)
-
-    def new_transaction(self: Any, current: Any, sync: bool = True) -> None:
-        cls.newTransaction(self, current, sync)
-        manager = _managers.get(self)
-        if manager is not None and manager.current():
-            manager.polled()
-
-    def close(self: Any, primary: bool = True) -> None:
-        manager = _managers.get(self)
-        if manager is not None and self._needs_to_join:  # else ZODB refuses
-            if manager.dirty:
-                names = ", ".join(repr(f.owner) for f in manager.files.values() if f.dirty)
-                raise ConnectionStateError(
-                    f"Cannot close a connection with uncommitted changes of {names}: commit or abort first"
-                )
-            with _lock:
-                _managers.pop(self, None)
-            manager.close()
-        cls.close(self, primary)
-
-    def rollback_savepoint(self: Any, state: Any) -> None:
-        cls._rollback_savepoint(self, state)
-        manager = _managers.get(self)
-        if manager is not None and manager.current():
-            manager.connection_rolled_back()
-
-    connection._rollback_savepoint = types.MethodType(rollback_savepoint, connection)
-    connection.newTransaction = types.MethodType(new_transaction, connection)
-    connection.close = types.MethodType(close, connection)
-    connection._zbig_guarded = True

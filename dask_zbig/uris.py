@@ -16,6 +16,7 @@ from dask_zbig.errors import DatabaseURIError
 
 __all__ = [
     "Address",
+    "alias_of",
     "bad",
     "classify",
     "file_uri",
@@ -40,7 +41,7 @@ _SCHEME = re.compile(r"^([a-z][a-z0-9+.-]*):", re.IGNORECASE)
 # A word that holds a secret, then "=value" up to a separator, or, in ZConfig, the rest of its line.
 # "password-function" names a function, not a password.
 _SECRET = re.compile(
-    r"(?P<key>[\w-]*(?:passw|passphrase|pwd|secret|token|credential)(?![\w-]*-function)[\w-]*)"
+    r"(?P<key>[\w-]*(?:passw|passphrase|pwd|secret|token|credential|(?:api|access)_?key)(?![\w-]*-function)[\w-]*)"
     r"(?:(?P<equals>\s*(?:=|%3D)\s*)(?:'[^']*'|[^&#\n'\"()]+)|(?P<space>[ \t]+)\S[^\n]*)",
     re.IGNORECASE,
 )
@@ -167,6 +168,20 @@ def zeo_alias(addresses: list[Address], storage: str) -> str:
     """Return the alias of a storage of a ZEO server, the same however it was opened."""
     place = ",".join(zeo_uri(address).removeprefix("zeo://") for address in addresses)
     return f"zeo://{place}" + ("" if storage == "1" else f"#{quote(storage)}")
+
+
+def alias_of(where: str) -> str | None:
+    """Return the alias of the database that a path or URI names, if the text tells."""
+    kind, text = classify(where)
+    if kind == "path":
+        return f"file://{os.path.realpath(text)}"
+    if kind == "uri" and text.startswith("zeo://"):
+        address, options = parse_zeo(text)
+        return zeo_alias([address], options.get("storage", "1"))
+    if kind == "uri" and text.startswith("file://"):
+        parsed = parse_file(text)
+        return None if parsed is None else f"file://{os.path.realpath(parsed[0])}"
+    return None
 
 
 def file_uri(path: str, **options: str) -> str:

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+import copyreg
 import math
-import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from persistent import Persistent
+from ZODB.utils import z64
 
-from dask_zbig.array.indexing import Geometry, is_basic, locate, strides_of
-from dask_zbig.errors import CopyError, DTypeError, ShapeError
+from dask_zbig.array.indexing import Geometry, is_basic, locate
+from dask_zbig.array.resizable import ResizableArray
+from dask_zbig.assign import assign
+from dask_zbig.errors import CopyError, FormatError
 from dask_zbig.openfile import OpenFile
 from dask_zbig.storage.format import VERSION, unpack_state
 from dask_zbig.storage.tree import ZBigFile
-from dask_zbig.transaction import open_file
+from dask_zbig.transaction import about_to_store, manager_of, open_file
 
 __all__ = ["ZBigArray"]
 
-MAX_BYTES = 1 << 63
+_STATE = frozenset({"_dtype", "_file", "_order", "_shape"})
 
 
-class ZBigArray(Persistent):  # type: ignore[misc]
+class ZBigArray(ResizableArray, Persistent):  # type: ignore[misc]
     """A transactional array, stored in ZODB, as large as you like; used like an ndarray.
 
     A slice of it is a real `numpy.ndarray`, a view: bytes load when they are touched, and what is written to a
@@ -49,7 +52,12 @@ class ZBigArray(Persistent):  # type: ignore[misc]
     Notes
     -----
     As all persistent objects it belongs to one connection and is used by one thread at a time; its views may be
-    used by any number of threads. Takes no space until it is written to.
+    used by any number of threads. Takes no space until it is written to. Other attributes that you give it, or that
+    a subclass has, are stored with it, as with any persistent object.
+
+    Two transactions that change the same element conflict, as a whole: also if they change different fields of it,
+    or bytes of it that lie in different pages. An element larger than a page (4096 bytes) is the exception: of that
+    only the parts that lie in the pages which were written conflict.
 
     Examples
     --------
@@ -70,22 +78,26 @@ class ZBigArray(Persistent):  # type: ignore[misc]
     """
 
     def __init__(self, shape: int | Sequence[int], dtype: npt.DTypeLike = "f8", order: str = "C") -> None:
-        self._dtype = _checked_dtype(dtype)
-        self._shape = _checked_shape(shape, self._dtype.itemsize)
-        if order not in ("C", "F"):
-            raise ShapeError(f"order must be 'C' or 'F', not {order!r}")
-        self._order = order
+        self._begin(shape, dtype, order)
         self._file = ZBigFile()
         self._file.reserve(self.nbytes)
 
     # -- persistence
 
     def __getstate__(self) -> tuple[Any, ...]:
+        if self._p_jar is not None and self._p_serial == z64:
+            about_to_store(self._file, self, self._p_jar)
         descr = np.lib.format.dtype_to_descr(self._dtype)
-        return (VERSION, self._shape, descr, self._order, self._file)
+        state = (VERSION, self._shape, descr, self._order, self._file)
+        others = {k: v for k, v in vars(self).items() if k not in _STATE and not k.startswith(("_p_", "_v_"))}
+        return (*state, others) if others else state
 
     def __setstate__(self, state: Any) -> None:
-        shape, descr, self._order, self._file = unpack_state(self, state, 4)
+        shape, descr, self._order, self._file, *others = unpack_state(self, state, 4, optional=1)
+        for attributes in others:
+            if not isinstance(attributes, dict):
+                raise FormatError(f"a ZBigArray's other attributes are a {type(attributes).__name__}, not a dict")
+            self.__dict__.update(attributes)
         self._shape = tuple(shape)
         self._dtype = np.lib.format.descr_to_dtype(descr)
 
@@ -102,65 +114,14 @@ class ZBigArray(Persistent):  # type: ignore[misc]
         file = self._file  # (loads this object, if need be)
         return open_file(file, self, self._p_jar if self._p_jar is not None else file._p_jar)
 
-    # -- what it is
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Elements along each axis. Set it by `resize`."""
-        return self._shape
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """The elements' type."""
-        return self._dtype
-
-    @property
-    def order(self) -> str:
-        """ "C" or "F"."""
-        return self._order
-
-    @property
-    def ndim(self) -> int:
-        """Number of axes."""
-        return len(self._shape)
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return math.prod(self._shape)
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of an element."""
-        return self._dtype.itemsize
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all elements; not what it takes on disk, which is less where nothing was written."""
-        return self.size * self._dtype.itemsize
-
-    @property
-    def strides(self) -> tuple[int, ...]:
-        """Bytes to step along each axis."""
-        return strides_of(self._shape, self.itemsize, self._order)
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """For pickle, not for ZODB: by reference, see `dask_zbig.cluster.source`. Subclasses, too."""
+        return copyreg.dispatch_table[ZBigArray](self)
 
     @property
     def granule(self) -> int:
-        """Bytes that change, and conflict, together."""
+        """Bytes that change, and conflict, together: the size of an element."""
         return self._dtype.itemsize
-
-    @property
-    def major_axis(self) -> int:
-        """The axis that `append` extends: 0 in C order, the last in F order."""
-        return 0 if self._order == "C" else self.ndim - 1
-
-    def __len__(self) -> int:
-        if not self._shape:
-            raise TypeError("len() of unsized object")
-        return self._shape[0]
-
-    def __repr__(self) -> str:
-        return f"<ZBigArray shape={self.shape} dtype={self.dtype} order={self.order!r}>"
 
     # -- access
 
@@ -174,6 +135,7 @@ class ZBigArray(Persistent):  # type: ignore[misc]
         LoadError
             If a single element was asked for and cannot be loaded. (A view's bytes load when they are touched.)
         """
+        _load(self)
         if not is_basic(index):
             return self._view(self._locate(...))[index]
         where = self._locate(index)
@@ -183,25 +145,21 @@ class ZBigArray(Persistent):  # type: ignore[misc]
         return self._view(where)[()]
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        """Change elements, in this transaction."""
-        if is_basic(index):
-            self._view(self._locate(index))[...] = value
-        else:
+        """Change elements, in this transaction. What was in a large contiguous region is not even looked at.
+
+        Raises
+        ------
+        IndexingError, ValueError, TypeError
+            As NumPy does.
+        ScratchError
+            If the disk is full. Nothing can be committed then; abort, or roll back to a savepoint.
+        """
+        _load(self)
+        if not is_basic(index):
             self._view(self._locate(...))[index] = value
-
-    def __iter__(self) -> Iterator[Any]:
-        if not self._shape:
-            raise TypeError("iteration over a 0-d array")
-        return (self[i] for i in range(len(self)))
-
-    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
-        """All of it as an ndarray: a view, unless another dtype or a copy is asked for."""
-        view = self[...]
-        if dtype is not None and np.dtype(dtype) != self.dtype:
-            if copy is False:
-                raise ValueError(f"a view of {self!r} as {np.dtype(dtype)} needs a copy")
-            return np.asarray(view, dtype)
-        return np.array(view) if copy else np.asarray(view)
+            return
+        to = self._locate(index)
+        assign(self._open(), to.lo, to.hi, to.position, to.shape, self._dtype, to.strides, value)
 
     def prefetch(self, index: Any = ...) -> None:
         """Bring the bytes of a basic index here now, by ordinary calls with ordinary exceptions.
@@ -220,25 +178,34 @@ class ZBigArray(Persistent):  # type: ignore[misc]
     def _locate(self, index: Any) -> Geometry:
         return locate(index, self._shape, self._dtype.itemsize, self._order)
 
-    def _view(self, where: Geometry) -> npt.NDArray[Any]:
+    def view_at(self, where: Geometry, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+        """A view of some bytes, which must be inside of the array. For `ArrayRef`."""
         if where.lo == where.hi:
-            return np.empty(where.shape, self._dtype)
-        return self._open().view(where.lo, where.hi, where.position, where.shape, self._dtype, where.strides)
+            return np.empty(where.shape, dtype)
+        return self._open().view(where.lo, where.hi, where.position, where.shape, dtype, where.strides)
+
+    def _view(self, where: Geometry) -> npt.NDArray[Any]:
+        return self.view_at(where, self._dtype)
 
     # -- size
 
-    def resize(self, shape: int | Sequence[int]) -> None:
+    def resize(self, *shape: Any) -> None:
         """Change the shape, in this transaction. Takes the same time whatever the sizes.
 
         The elements keep their places in memory order, so this keeps their indices only if no axis but the
         major one changes. What is cut off is gone: growing again reads zeros. Old views keep their size.
+
+        Parameters
+        ----------
+        *shape : int or sequence of int
+            As for `numpy.ndarray.resize`: ``A.resize((3, 4))`` or ``A.resize(3, 4)``.
 
         Raises
         ------
         ShapeError
             As for a new array.
         """
-        new = _checked_shape(shape, self.itemsize)
+        new = self._asked_shape(shape)
         if new == self._shape:
             return  # nor shall the object be stored again, and conflict
         old_bytes = self.nbytes
@@ -256,81 +223,16 @@ class ZBigArray(Persistent):  # type: ignore[misc]
             self._file.reserve(new_bytes, old_bytes)
         self._shape = new
 
-    def append(self, values: npt.ArrayLike) -> None:
-        """Add elements at the end of the major axis, in this transaction, at a cost in proportion to them.
 
-        Parameters
-        ----------
-        values : array_like
-            Of this array's shape but for the major axis.
+def _load(array: ZBigArray) -> None:
+    """Load the object's state, if need be. Several threads may slice an array (Dask's do).
 
-        Raises
-        ------
-        ShapeError
-            If it has another shape. The array is as before.
-        DTypeError
-            If it cannot be cast to the array's dtype by the rule "same_kind".
-        """
-        new = self._as_values(values)
-        if not self._shape:
-            raise ShapeError("cannot append to a 0-dimensional array")
-        axis = self.major_axis
-        rest = self._shape[:axis] + self._shape[axis + 1 :]
-        if new.ndim != self.ndim or new.shape[:axis] + new.shape[axis + 1 :] != rest:
-            raise ShapeError(f"cannot append values of shape {new.shape} along axis {axis} to {self!r}")
-        if not np.can_cast(new.dtype, self._dtype, "same_kind"):
-            raise DTypeError(f"cannot append {new.dtype} values to {self!r}: not castable by 'same_kind'")
-        before = self._shape
-        at = before[axis]
-        self.resize((*before[:axis], at + new.shape[axis], *before[axis + 1 :]))
-        try:
-            where: list[Any] = [slice(None)] * self.ndim
-            where[axis] = slice(at, None)
-            self[tuple(where)] = new
-        except BaseException:
-            self.resize(before)
-            raise
-
-    def _as_values(self, values: npt.ArrayLike) -> npt.NDArray[Any]:
-        """`values` as an ndarray; integers that come as Python's take this array's dtype, if they fit."""
-        new = np.asarray(values)
-        if hasattr(values, "dtype") or new.dtype.kind not in "iu" or self._dtype.kind not in "iu":
-            return new
-        try:
-            return np.asarray(values, self._dtype)
-        except OverflowError as e:
-            raise DTypeError(f"a value does not fit {self!r}: {e}") from e
+    While one of them loads it, by whatever attribute it asks for first, ZODB would show it half loaded to the others.
+    """
+    if array._p_changed is not False and array._p_jar is not None:
+        with manager_of(array._p_jar).turn:
+            array._p_activate()
 
 
 def _has_ellipsis(index: Any) -> bool:
     return index is Ellipsis or (isinstance(index, tuple) and any(part is Ellipsis for part in index))
-
-
-def _checked_dtype(dtype: npt.DTypeLike) -> np.dtype[Any]:
-    try:
-        checked = np.dtype(dtype)
-    except TypeError as e:
-        raise DTypeError(f"{dtype!r} is no dtype: {e}") from e
-    if checked.hasobject:
-        raise DTypeError(
-            f"dtype {checked} holds Python objects, whose pointers mean nothing on disk; "
-            f"store such objects in ZODB itself"
-        )
-    if checked.subdtype is not None:
-        raise DTypeError(f"dtype {checked} is a sub-array: give its axes as part of the shape")
-    if checked.itemsize == 0:
-        raise DTypeError(f"dtype {checked} has elements of no bytes; give a length, such as 'S10'")
-    return checked
-
-
-def _checked_shape(shape: int | Sequence[int], itemsize: int) -> tuple[int, ...]:
-    try:
-        parts = (shape,) if isinstance(shape, (int, np.integer)) else tuple(shape)
-        checked = tuple(operator.index(n) for n in parts)
-    except TypeError as e:
-        raise ShapeError(f"a shape is an int or a sequence of ints, not {shape!r}") from e
-    if any(n < 0 for n in checked):
-        raise ShapeError(f"negative length in shape {checked}")
-    if math.prod(checked) * itemsize >= MAX_BYTES:
-        raise ShapeError(f"shape {checked} with {itemsize} bytes an element exceeds 2^63 bytes")
-    return checked
