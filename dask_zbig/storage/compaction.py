@@ -17,7 +17,7 @@ from dask_zbig.storage.segment import SegmentRef
 __all__ = ["BLOB_BYTES", "to_join"]
 
 WIDTH = 16
-#: No more than this are joined at once: each takes a descriptor meanwhile.
+#: No more than this are joined at once, by one commit: the next ones go on.
 MOST = 256
 _SMALLEST = 1 << 12
 #: A joined segment of this size becomes a blob, where there are blobs, and is not joined again.

@@ -206,6 +206,8 @@ def splice(old: Extents, new: Extents) -> Extents:
     >>> splice(make([(0, 10, 0, 0)]), make([(8, 12, 1, 0)])).tolist()
     [(0, 8, 0, 0), (8, 12, 1, 0)]
     """
+    if not len(old):
+        return new.copy()  # as it is, for arrays that are written for the first time
     return _interleave(restrict(old, _complement(covered(new))), new)
 
 

@@ -31,6 +31,8 @@ class FileStorage(_FileStorage):  # type: ignore[misc]  # ZODB ships no types
       can become visible.
     - A transaction that ends before its vote leaves no blob files behind.
     - Pack keeps no second copy, neither of ``Data.fs`` nor of the blobs.
+    - No object gets the oid of one that was packed away: clients, which may know that one still, would take them for
+      the same. (ZODB's own forgets these when it is opened again. The highest is kept in ``<path>.oid``.)
     - A missing data file is created next to blobs that exist; they are not deleted.
     - What is created is private to the user: the data file 0600, the blob directory and missing parent
       directories 0700. Modes of existing files are kept, also by pack.
@@ -74,6 +76,7 @@ class FileStorage(_FileStorage):  # type: ignore[misc]  # ZODB ships no types
             self._let_go()
             raise
         if writable:
+            self.set_max_oid(_noted_oid(path))
             for directory in {os.path.dirname(path), os.path.dirname(blob_dir), blob_dir}:
                 _sync(directory)
 
@@ -85,6 +88,8 @@ class FileStorage(_FileStorage):  # type: ignore[misc]  # ZODB ships no types
 
     def pack(self, t: float, referencesf: Any, gc: bool | None = None) -> None:
         """Pack; the data file keeps its mode, and the new one is on the disk before it replaces the old."""
+        if not self.isReadOnly():
+            _note_oid(self._file_name, self._oid)
         new = self._file_name + ".pack"
         created = _create_private(new, _mode(self._file_name))
         try:
@@ -139,6 +144,27 @@ class FileStorage(_FileStorage):  # type: ignore[misc]  # ZODB ships no types
             held = getattr(self, name, None)
             if held is not None:
                 held.close()
+
+
+def _noted_oid(path: str) -> bytes:
+    """The highest oid before the last pack of the FileStorage at `path`."""
+    try:
+        with open(path + ".oid") as file:
+            return bytes.fromhex(file.read())
+    except FileNotFoundError:
+        return bytes(8)
+
+
+def _note_oid(path: str, oid: bytes) -> None:
+    """Remember it, durably."""
+    new = path + ".oid.new"
+    _create_private(new, _mode(path))
+    with open(new, "w") as file:
+        file.write(oid.hex())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(new, path + ".oid")
+    _sync(os.path.dirname(path))
 
 
 def _check_format(path: str) -> None:

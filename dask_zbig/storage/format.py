@@ -6,7 +6,8 @@ states, which are tuples that begin with the format's version. All integers are 
 ``dask_zbig.array.zbigarray.ZBigArray``
     ``(1, shape: tuple of int, dtype, order: "C" | "F", file: ZBigFile)``. ``dtype`` is NumPy's own
     description of a dtype as in an ``.npy`` file: ``numpy.lib.format.dtype_to_descr``. Element (0, ..., 0)
-    is at byte 0 of the file; the elements follow in the order given, without gaps.
+    is at byte 0 of the file; the elements follow in the order given, without gaps. If users have given the object
+    other attributes, a dict of these is the last field.
 
 ``dask_zbig.storage.tree.ZBigFile``
     ``(1, depth: int, root: ExtentLeaf | ExtentNode | None, truncation: Truncation, journal: Journal)``. A file
@@ -40,9 +41,10 @@ Segments
 
 ``dask_zbig.cluster.staging``
     ``root["dask_zbig.staging"]`` is an ``OOBTree`` of jobs by id (str), present once a cluster has written to the
-    database. ``StagingJob`` is ``(1, lease: float, slots: OOBTree)``: until when (seconds since the epoch) it is
-    not garbage, and its slots by name. ``StagingSlot`` is ``(1, entries: OOBTree)``: by attempt id, tuples of
-    segments that nothing else may refer to yet.
+    database. ``StagingJob`` is ``(1, ended: bool, lease: Lease, slots: OOBTree)``: whether it was removed, and its
+    slots by name. ``Lease`` is ``(1, seconds: float, until: float)``: for how long it is renewed at a time, and
+    when (seconds since the epoch) the job becomes garbage; 0 when it was removed. ``StagingSlot`` is
+    ``(1, entries: OOBTree)``: by attempt id, ``(segments: tuple, bytes: int)``; nothing else may refer to them yet.
 """
 
 from __future__ import annotations
@@ -58,7 +60,7 @@ LEAF_BYTES = 64 << 20
 FANOUT = 1024
 
 
-def unpack_state(obj: object, state: Any, fields: int) -> tuple[Any, ...]:
+def unpack_state(obj: object, state: Any, fields: int, *, optional: int = 0) -> tuple[Any, ...]:
     """The fields of a stored state after its version, or `FormatError` naming the object."""
     name = f"{type(obj).__name__} {getattr(obj, '_p_oid', None)!r}"
     if not isinstance(state, tuple) or not state or not isinstance(state[0], int):
@@ -68,6 +70,6 @@ def unpack_state(obj: object, state: Any, fields: int) -> tuple[Any, ...]:
             f"{name} was stored in format version {state[0]}, but this dask_zbig reads version {VERSION} only; "
             f"use a newer dask_zbig"
         )
-    if len(state) != fields + 1:
+    if not fields < len(state) <= fields + 1 + optional:
         raise FormatError(f"{name} has {len(state) - 1} fields where format {VERSION} has {fields}")
     return state[1:]

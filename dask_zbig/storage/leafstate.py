@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from persistent import Persistent
 
 from dask_zbig.errors import FormatError
 from dask_zbig.storage import extents as ex
@@ -86,7 +87,7 @@ class LeafState:
 
     def keys(self) -> list[Any]:
         """The identities of the segments."""
-        return [(r.obj.oid, getattr(r.obj, "database_name", None)) for r in self.refs]
+        return [_identity(r.obj) for r in self.refs]
 
     def before_move(self) -> tuple[ex.Extents, list[Any]]:
         """The extents and their segments' identities as they would be if nothing had been joined."""
@@ -107,6 +108,13 @@ class LeafState:
             ex.splice(self.extents[~in_joined], still),
             keys + [(oid.ljust(8, b"\0"), None) for oid in origins],  # NumPy drops trailing zeros
         )
+
+
+def _identity(obj: Any) -> tuple[Any, Any]:
+    """Of a segment, or of the placeholder for one. Loads nothing."""
+    if isinstance(obj, Persistent):
+        return (obj._p_oid, None)
+    return (obj.oid, getattr(obj, "database_name", None))
 
 
 def merge_leaves(old: LeafState, committed: LeafState, new: LeafState) -> LeafState:

@@ -11,7 +11,9 @@ import io
 import os
 import threading
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import xxhash
@@ -19,8 +21,10 @@ from persistent import Persistent
 from ZODB._compat import PersistentUnpickler
 from ZODB.blob import Blob
 from ZODB.interfaces import IMVCCStorage
+from ZODB.POSException import POSKeyError
 from ZODB.utils import load_current
 
+from dask_zbig.descriptors import Descriptor, Reopened, close_unused
 from dask_zbig.errors import LoadError
 from dask_zbig.storage.format import VERSION, unpack_state
 
@@ -33,6 +37,14 @@ __all__ = [
     "SegmentSource",
     "reader",
 ]
+
+
+#: A segment gets another revision only when its creation is undone, and when that is undone: we look at this many.
+REVISIONS = 16
+
+
+class GoneError(LoadError):
+    """The database has no record of a segment: it was packed away, if it was ever committed."""
 
 
 class InlineSegment(Persistent):  # type: ignore[misc]
@@ -70,6 +82,11 @@ class SegmentRef:
         return isinstance(self.obj, InlineSegment)
 
 
+#: A segment's oid, length and checksum. An oid is not enough: once its object was packed away, and the server was
+#: restarted, some storages give it to another one.
+_Identity = tuple[bytes, int, int]
+
+
 def checksum(data: Any) -> int:
     """The format's checksum of bytes-like `data`."""
     return int(xxhash.xxh3_64_intdigest(data))
@@ -85,10 +102,14 @@ class BytesSource:
     def length(self) -> int:
         return len(self.data)
 
+    @property
+    def in_file(self) -> bool:
+        return False
+
     def local(self) -> bool:
         return True
 
-    def fileno(self) -> int | None:
+    def descriptor(self) -> Descriptor | None:
         return None
 
     def read(self, offset: int, size: int) -> bytes:
@@ -96,35 +117,78 @@ class BytesSource:
 
 
 class FileSource:
-    """A file of this process's own, such as a scratch file. The descriptor is opened once and kept.
+    """A file of this process's own, such as a scratch file.
 
     What is left under its name when the source goes is removed: a blob has moved it by then.
     """
 
+    in_file = True
+
     def __init__(self, path: str) -> None:
-        self.path = path
-        try:
-            self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except OSError as e:
-            raise LoadError(e.errno, f"cannot open {path!r}: {e.strerror}") from e
-        self.close = weakref.finalize(self, _drop_file, self._fd, path, os.getpid())
-        self.length = os.fstat(self._fd).st_size
+        self._name = _Name(path)
+        self._file = Reopened(self._name.open)
+        # Its very first use: that the file is there, and which file it is, is known from now on.
+        self.length = os.fstat(self._file.descriptor().fd).st_size
+        self.close = weakref.finalize(self, _drop_file, self._name, self._file, os.getpid())
+
+    @property
+    def path(self) -> str:
+        """Where the file is now."""
+        return self._name.path
 
     def local(self) -> bool:
         return True
 
-    def fileno(self) -> int:
-        return self._fd
+    def descriptor(self) -> Descriptor:
+        return self._file.descriptor()
 
     def read(self, offset: int, size: int) -> bytes:
-        return _read_all(self._fd, offset, size, self.path)
+        return _read_all(self._file.descriptor().fd, offset, size, self.path)
+
+    def give(self, take: Callable[[str], None]) -> None:
+        """Have `take(path)` move the file away. It can be read here as before: it keeps a second name.
+
+        On a file system that knows no second names it stays open instead.
+        """
+        path = self._name.path
+        kept = f"{path}-kept"
+        try:
+            os.link(path, kept)
+        except OSError:
+            self._name.only = self._file.descriptor()
+        else:
+            self._name.path = kept
+        take(path)
 
 
-def _drop_file(fd: int, path: str, pid: int) -> None:
-    os.close(fd)
+class _Name:
+    """By what name a file is to be opened. It outlives its source, for whose finalizer it is."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.only: Descriptor | None = None  # if the file has no name any more
+        self._identity: tuple[int, int] | None = None
+
+    def open(self) -> int:
+        try:
+            fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError as e:
+            raise LoadError(e.errno, f"cannot open {self.path!r}: {e.strerror}") from e
+        found = os.fstat(fd)
+        identity = (found.st_dev, found.st_ino)
+        if self._identity not in (None, identity):
+            os.close(fd)
+            raise LoadError(f"{self.path!r} is not the file that it was: somebody has put another one in its place")
+        self._identity = identity
+        return fd
+
+
+def _drop_file(name: _Name, file: Reopened, pid: int) -> None:
+    file.close()
+    name.only = None
     if os.getpid() == pid:  # a forked child has the same object, but the file is not its own
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
+            os.unlink(name.path)
 
 
 def _read_all(fd: int, offset: int, size: int, what: object) -> bytes:
@@ -152,32 +216,32 @@ class SegmentSource:
         self._checksum = ref.checksum
         self._inline = ref.inline
         self._data: bytes | None = None
-        self._fd: int | None = None
         self._lock = threading.Lock()
+        self._file = Reopened(partial(reader_.open_blob, oid, ref.length, ref.checksum, repr(self)))
+        weakref.finalize(self, self._file.close)
 
     def __repr__(self) -> str:
         return f"segment 0x{self._oid.hex().lstrip('0') or '0'} ({self.length} bytes)"
 
-    def local(self) -> bool:
-        if self._fd is not None or self._data is not None or self._inline:
-            return True  # (an inline segment is one small load away, by which time its leaf has been loaded)
-        return self._reader.blob_is_local(self._oid)
+    @property
+    def in_file(self) -> bool:
+        return not self._inline
 
-    def fileno(self) -> int | None:
-        if self._inline:
-            return None
-        with self._lock:
-            if self._fd is None:
-                fd = self._reader.open_blob(self._oid, self.length, self._checksum, self)
-                weakref.finalize(self, os.close, fd)
-                self._fd = fd
-            return self._fd
+    def local(self) -> bool:
+        if self._inline or self._file.opened is not None:
+            return True  # (an inline segment is one small load away, by which time its leaf has been loaded)
+        return self._reader.blob_is_local((self._oid, self.length, self._checksum))
+
+    def descriptor(self) -> Descriptor | None:
+        return None if self._inline else self._opened()
+
+    def _opened(self) -> Descriptor:
+        with self._lock:  # a blob is fetched, and checked, by one thread
+            return self._file.descriptor()
 
     def read(self, offset: int, size: int) -> bytes:
         if not self._inline:
-            fd = self.fileno()
-            assert fd is not None
-            return _read_all(fd, offset, size, self)
+            return _read_all(self._opened().fd, offset, size, self)
         data = self._data
         if data is None:
             data = self._data = self._reader.load_inline(self._oid, self.length, self._checksum, self)
@@ -187,9 +251,7 @@ class SegmentSource:
         """Raise `LoadError` if the file is shorter than it should be by now."""
         if self._inline:
             return
-        fd = self.fileno()
-        assert fd is not None
-        size = os.fstat(fd).st_size
+        size = os.fstat(self._opened().fd).st_size
         if size < self.length:
             raise LoadError(f"{self} has only {size} bytes left: its file was truncated")
 
@@ -203,18 +265,19 @@ class SegmentReader:
         self._native = bool(IMVCCStorage.providedBy(storage))
         self._storage = storage.new_instance() if self._native else storage
         self._serial = threading.RLock() if self._native else None
-        self._sources: weakref.WeakValueDictionary[bytes, SegmentSource] = weakref.WeakValueDictionary()
-        self._serials: dict[bytes, bytes] = {}
-        self._verified: set[bytes] = set()
+        self._sources: weakref.WeakValueDictionary[_Identity, SegmentSource] = weakref.WeakValueDictionary()
+        self._serials: dict[_Identity, bytes] = {}
+        self._verified: set[_Identity] = set()
 
     def source(self, ref: SegmentRef) -> SegmentSource:
         """The source of a committed segment; one per segment while anybody uses it."""
         oid = ref.obj._p_oid if isinstance(ref.obj, Persistent) else ref.obj.oid
         if oid is None:
             raise LoadError(f"a segment of {ref.length} bytes was never committed")
-        source = self._sources.get(oid)
+        identity = (oid, ref.length, ref.checksum)
+        source = self._sources.get(identity)
         if source is None:
-            source = self._sources.setdefault(oid, SegmentSource(self, oid, ref))
+            source = self._sources.setdefault(identity, SegmentSource(self, oid, ref))
         return source
 
     def _call(self, method: Any, *args: Any) -> Any:
@@ -227,7 +290,12 @@ class SegmentReader:
 
     def _load(self, oid: bytes, what: object) -> tuple[bytes, bytes]:
         try:
-            record, serial = self._call(load_current, self._storage, oid)
+            try:
+                record, serial = self._call(load_current, self._storage, oid)
+            except POSKeyError:
+                record, serial = self._call(_load_undone, self._storage, oid)
+        except POSKeyError as e:
+            raise GoneError(f"cannot load {what}: the database does not have it (any more)") from e
         except Exception as e:  # whatever this storage raises: the caller wants to know what could not be read
             raise LoadError(f"cannot load {what}: {type(e).__name__}: {e}") from e
         return record, serial
@@ -242,26 +310,26 @@ class SegmentReader:
             raise LoadError(f"{what} is damaged: its {len(data)} bytes do not have the checksum stored beside it")
         return bytes(data)
 
-    def _blob_serial(self, oid: bytes, what: object) -> bytes:
-        serial = self._serials.get(oid)
+    def _blob_serial(self, identity: _Identity, what: object) -> bytes:
+        serial = self._serials.get(identity)
         if serial is None:
-            _, serial = self._load(oid, what)
-            self._serials[oid] = serial
+            _, serial = self._load(identity[0], what)
+            self._serials[identity] = serial
         return serial
 
-    def blob_is_local(self, oid: bytes) -> bool:
+    def blob_is_local(self, identity: _Identity) -> bool:
         """Whether the blob's file is on this host already."""
         helper = getattr(self._storage, "fshelper", None)
         if helper is None or not self._downloads():
             return True
         connected = getattr(self._storage, "is_connected", None)
-        if oid not in self._serials and connected is not None and not connected():
+        if identity not in self._serials and connected is not None and not connected():
             return False  # (to ask would be to wait for the server)
         try:
-            serial = self._blob_serial(oid, "a segment")
+            serial = self._blob_serial(identity, "a segment")
         except LoadError:
             return False
-        return os.path.exists(helper.getBlobFilename(oid, serial))
+        return os.path.exists(helper.getBlobFilename(identity[0], serial))
 
     def _downloads(self) -> bool:
         """Whether the storage keeps copies of blobs that it gets from a server."""
@@ -269,17 +337,19 @@ class SegmentReader:
 
     def open_blob(self, oid: bytes, length: int, expected: int, what: object) -> int:
         """A descriptor of a blob's file, of the right length (and, if it was downloaded, checksum)."""
+        identity = (oid, length, expected)
         for last_try in (False, True):
-            serial = self._blob_serial(oid, what)
+            serial = self._blob_serial(identity, what)
             try:
                 path = self._call(self._storage.loadBlob, oid, serial)
                 fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             except Exception as e:  # as in _load
                 if last_try:
                     raise LoadError(f"cannot open the file of {what}: {type(e).__name__}: {e}") from e
-                self._serials.pop(oid, None)  # undo and pack may have put another revision in its place
+                self._serials.pop(identity, None)  # undo and pack may have put another revision in its place
+                close_unused()  # or it was for want of a descriptor
                 continue
-            problem = self._problem(fd, oid, length, expected)
+            problem = self._problem(fd, identity)
             if problem is None:
                 return fd
             os.close(fd)
@@ -288,18 +358,33 @@ class SegmentReader:
             os.unlink(path)  # ZEO appends to a stale partial download and serves it: fetch it again
         raise AssertionError
 
-    def _problem(self, fd: int, oid: bytes, length: int, expected: int) -> str | None:
+    def _problem(self, fd: int, identity: _Identity) -> str | None:
+        _, length, expected = identity
         size = os.fstat(fd).st_size
         if size != length:
             return f"has {size} bytes where {length} were stored"
-        if self._downloads() and oid not in self._verified:
+        if self._downloads() and identity not in self._verified:
             digest = xxhash.xxh3_64()
             for at in range(0, length, 8 << 20):
                 digest.update(os.pread(fd, 8 << 20, at))
             if digest.intdigest() != expected:
                 return "does not have the checksum stored beside it"
-            self._verified.add(oid)
+            self._verified.add(identity)
         return None
+
+
+def _load_undone(storage: Any, oid: bytes) -> tuple[bytes, bytes]:
+    """The record of an object whose creation was undone since: older snapshots have it still.
+
+    Raises
+    ------
+    POSKeyError
+        If there is none.
+    """
+    for revision in storage.history(oid, REVISIONS):
+        with contextlib.suppress(POSKeyError):
+            return storage.loadSerial(oid, revision["tid"]), revision["tid"]
+    raise POSKeyError(oid)
 
 
 def _find_class(module: str, name: str) -> Any:

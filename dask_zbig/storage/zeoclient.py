@@ -1,0 +1,84 @@
+"""The ZEO client under every database that ``dz.open("zeo://...")`` opens: ZEO's own, with three gaps closed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from ZEO.ClientStorage import ClientStorage as _ClientStorage
+
+__all__ = ["ClientStorage"]
+
+
+class ClientStorage(_ClientStorage):  # type: ignore[misc]  # ZEO ships no types
+    """A ClientStorage that forgets what it must, and leaves nothing behind.
+
+    - A transaction that is aborted leaves no copies of its blobs in the blob directory: in a cache that is
+      not private they would stay for ever, and in the server's directory too.
+    - Object ids that were reserved before the connection was lost are not used after it. A server that was
+      restarted knows nothing of them, and gives them to others: each use would be a conflict.
+    - It is not read-only while the server is away: arrays that are opened then would be for good.
+
+    Notes
+    -----
+    Thread-safe, as ZEO's.
+    """
+
+    _making = threading.local()
+
+    @classmethod
+    def of(cls, storage: Any) -> Any:
+        """Make a `storage` that is ZEO's own one of ours; leave any other as it is."""
+        if type(storage) is _ClientStorage:
+            storage.__class__ = cls
+            if storage.fshelper is not None:  # it has a blob directory
+                storage.fshelper.blob_mkstemp = cls._noting(storage.fshelper.blob_mkstemp)
+        return storage
+
+    @classmethod
+    def _noting(cls, mkstemp: Callable[..., tuple[int, str]]) -> Callable[..., tuple[int, str]]:
+        def blob_mkstemp(oid: bytes, tid: bytes) -> tuple[int, str]:
+            fd, name = mkstemp(oid, tid)
+            cls._making.names.append(name)  # (only `storeBlob` calls this)
+            return fd, name
+
+        return blob_mkstemp
+
+    def notify_connected(self, conn: Any, info: Any) -> None:
+        """ZEO is connected (again)."""
+        self._oids: list[bytes] = []
+        super().notify_connected(conn, info)
+
+    def is_read_only(self) -> bool:
+        """Whether nothing can be stored by the present connection, or could be by the last one."""
+        return bool(self._is_read_only)
+
+    isReadOnly = is_read_only  # noqa: N815 - ZODB's name
+
+    def storeBlob(  # noqa: N802 - ZODB's name
+        self, oid: bytes, serial: bytes, data: bytes, path: str, version: str, txn: Any
+    ) -> Any:
+        """Store a blob, and note where its file went."""
+        names = self._making.names = []
+        try:
+            return super().storeBlob(oid, serial, data, path, version, txn)
+        finally:
+            if names:
+                vars(txn.data(self)).setdefault("names", []).extend(names)
+
+    def tpc_abort(self, txn: Any, timeout: float | None = None) -> None:
+        """Abort, and remove the blobs' files that are still where they were put."""
+        names: list[str] = []
+        with contextlib.suppress(KeyError):  # the transaction was not begun here
+            buffer = txn.data(self)  # None if it has ended
+            names = names if buffer is None else vars(buffer).get("names", names)
+        try:
+            super().tpc_abort(txn, timeout)
+        finally:
+            for name in names:
+                for path in (name, name + "-"):  # ZEO makes the one and renames it to the other
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(path)
