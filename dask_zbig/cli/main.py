@@ -12,7 +12,7 @@ from dask_zbig.errors import ZBigError
 
 __all__ = ["main"]
 
-_COMMANDS = ("demo", "serve")  # each is a function in a module, both of its name
+_COMMANDS = ("demo", "gc", "serve")  # each is a function in a module, both of its name
 
 
 class _Group(click.Group):

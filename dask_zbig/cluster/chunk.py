@@ -23,10 +23,12 @@ from distributed.protocol.numpy import deserialize_numpy_ndarray, serialize_nump
 from ZODB.POSException import POSKeyError
 
 from dask_zbig.array.indexing import bounds
+from dask_zbig.cluster.memory import watch_memory
 from dask_zbig.cluster.residency import keep_low, touched
 from dask_zbig.cluster.worker import reading
 from dask_zbig.database import Location
 from dask_zbig.errors import SnapshotError
+from dask_zbig.storage.segment import GoneError
 from dask_zbig.transaction import open_file
 
 __all__ = ["Chunk", "Origin", "open_chunk"]
@@ -170,6 +172,7 @@ def open_chunk(
     SnapshotError
         If the snapshot was packed away.
     """
+    watch_memory()
     lo, hi = bounds(position, shape, strides, dtype.itemsize)
     if lo == hi:
         view = np.empty(shape, dtype)
@@ -201,7 +204,7 @@ def _map(
             window = opened.space.window(lo, hi - lo)
             opened.fill(lo, hi, local_only=False)
             keep_low(window)
-        except POSKeyError as e:
+        except (POSKeyError, GoneError) as e:
             raise SnapshotError(
                 f"{origin.location.alias} does not have the array 0x{origin.oid.hex().lstrip('0')} as of "
                 f"transaction 0x{origin.tid.hex()} any more: that was packed away"

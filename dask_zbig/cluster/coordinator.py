@@ -1,214 +1,83 @@
-"""`to_zbigarray` and `CommitCoordinator`: what a whole cluster writes, saved at once.
-
-The workers stage; here the client collects their manifests - which bytes of which array lie in which staged
-segment - and lays them over the arrays as part of the current transaction. Committing that is what publishes:
-one small transaction on the extent map, together with whatever else it contains. Until then nobody sees a byte.
-"""
+"""`to_zbigarray` and `CommitCoordinator`: what a whole cluster writes, saved at once."""
 
 from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any
 
-import dask
-import dask.array as da
-import numpy as np
-from dask.array import core
-from dask.base import tokenize
-from dask.layers import ArraySliceDep
-from ZODB.POSException import POSError
+from transaction.interfaces import NoTransaction
+from ZODB.POSException import ConflictError, POSError
 
 from dask_zbig import database
-from dask_zbig.array.indexing import is_basic, locate
 from dask_zbig.array.zbigarray import ZBigArray
-from dask_zbig.cluster.source import from_zbigarray
-from dask_zbig.cluster.staging import Job, begin_job, end_job, hold_job
-from dask_zbig.cluster.store import Manifest, Place, stage_block
-from dask_zbig.errors import ClosedError, DTypeError, NotStoredError, PublishError, ShapeError, ZBigError
-from dask_zbig.openfile import Layer
-from dask_zbig.storage import extents as ex
-from dask_zbig.storage.segment import SegmentRef
-from dask_zbig.transaction import open_file
+from dask_zbig.cluster.conflict import changed_between, conflict
+from dask_zbig.cluster.readback import read_back
+from dask_zbig.cluster.renewal import Renewal
+from dask_zbig.cluster.save import (
+    Plan,
+    Rechunk,
+    SaveProgress,
+    StagedSave,
+    check_open,
+    check_target,
+    fit,
+    plan,
+    publish,
+    stage_all,
+)
+from dask_zbig.cluster.staging import Job, JobGoneError, begin_job, end_job, renew
+from dask_zbig.cluster.worker import persevere, reading, transient
+from dask_zbig.errors import OutcomeUnknownError, PublishError, ZBigError
+from dask_zbig.transaction import manager_of
 
 __all__ = ["CommitCoordinator", "SaveResult", "to_zbigarray"]
+
+#: How often publishing is tried again after conflicts that are none of data, or when the connection was lost.
+TRIES = 10
 
 
 @dataclass(frozen=True, slots=True)
 class SaveResult:
-    """What a save did. `tid`: the transaction's id, None until it is committed; `seconds`: computing and saving."""
+    """What a save did.
+
+    Attributes
+    ----------
+    job_id : str
+        What it is called in the arrays' ledgers.
+    tid : bytes or None
+        The transaction's id; None until it is committed, or if the job had been saved before.
+    bytes, segments : int
+        What was written. 0 if the job had been saved before.
+    seconds : float
+        That it took, to compute and to save.
+    retries : int
+        How often publishing was repeated because of others' commits.
+    """
 
     job_id: str
     tid: bytes | None
     bytes: int
     segments: int
     seconds: float
+    retries: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class _Store:
-    """One call of `store`; where two write the same bytes the later one wins. `staged`: the manifests to be."""
-
-    array: ZBigArray
-    staged: core.Array
-
-
-class _Save:
-    """Arrays being stored by one job, into one connection's transaction."""
-
-    def __init__(self, connection: Any) -> None:
-        self.connection = connection
-        self.location = database.location(connection.db())
-        self.job = begin_job(self.location, connection)
-        self.stores: list[_Store] = []
-        self.bytes = 0
-        self.segments = 0
-
-    def add(self, x: Any, array: ZBigArray, region: Any) -> None:
-        """Plan the tasks that stage `x`."""
-        x, where = _checked(x, array, region, self.connection)
-        number = len(self.stores)
-        place = Place(number, where.position, where.shape, where.strides, array.dtype)
-        blocks = _blocks(x)
-        staged = core.map_blocks(
-            stage_block,
-            blocks,
-            ArraySliceDep(blocks.chunks),
-            whole=place,
-            job=self.job,
-            chunks=tuple((1,) * n for n in blocks.numblocks),
-            dtype=object,
-            meta=np.empty((0,) * x.ndim, object),
-            name=f"zbig-stage-{tokenize(x.name, self.job.id, number)}",
-        )
-        self.stores.append(_Store(array, staged))
-
-    def run(self) -> None:
-        """Compute, all arrays in one graph, and lay what was staged over the arrays."""
-        if not self.stores:
-            return
-        results = dask.compute(*(s.staged for s in self.stores))
-        hold_job(self.job, self.connection)
-        for store, result in zip(self.stores, results, strict=True):
-            manifests: list[Manifest] = np.asarray(result).ravel().tolist()
-            self._overlay(store.array, manifests)
-        for array in {id(s.array): s.array for s in self.stores}.values():
-            array._file.journal.add(self.job.id)
-
-    def _overlay(self, array: ZBigArray, manifests: list[Manifest]) -> None:
-        opened = open_file(array._file, array, self.connection)
-        opened.enter()
-        if self.job.id in array._file.journal.jobs:
-            raise PublishError(f"job {self.job.id} has been published into {array!r} already")
-        refs: list[SegmentRef] = []
-        parts: list[ex.Extents] = []
-        for manifest in manifests:
-            part = np.frombuffer(manifest.extents, ex.EXTENT)
-            parts.append(ex.renumber(part, np.arange(len(manifest.segments)) + len(refs)))
-            refs += [s.ref(self.connection) for s in manifest.segments]
-        if not refs:
-            return
-        joined = np.concatenate(parts)
-        order = np.argsort(joined["start"], kind="stable")
-        joined = joined[order]
-        reader = opened.reader
-        assert reader is not None
-        sources = tuple(reader.source(r) for r in refs)
-        ex.validate(joined, [r.length for r in refs], 0, max(array.nbytes, 1))
-        opened.overlay(Layer(joined, sources, tuple(refs), True))
-        self.bytes += ex.total(ex.covered(joined))
-        self.segments += len(refs)
-
-    def forget_afterwards(self) -> None:
-        """Once the transaction is over, however it ends, the job is no longer needed."""
-        current = self.connection.transaction_manager.get()
-        current.addAfterCommitHook(_forget, (self.job,))
-        current.addAfterAbortHook(_forget_aborted, (self.job,))
-
-    def give_up(self) -> None:
-        """Before anything was made part of the transaction."""
-        _forget(False, self.job)
-
-    def tid(self) -> bytes:
-        """The transaction that has just published."""
-        serials = []
-        for store in self.stores:
-            journal = store.array._file.journal
-            journal._p_activate()  # it is a ghost if the commit merged it with another job's
-            if journal.jobs[-1:] == (self.job.id,):
-                serials.append(journal._p_serial)
-        return bytes(max(serials, default=self.connection.db().lastTransaction()))
-
-
-def _forget(committed: bool, job: Job) -> None:
-    # The lease sees to it, if the database cannot be reached now.
-    with contextlib.suppress(ZBigError, POSError, OSError):
-        end_job(job)
-
-
-def _forget_aborted(job: Job) -> None:
-    _forget(False, job)
-
-
-def _blocks(x: Any) -> core.Array:
-    """`x` without array expressions: those know no arguments that differ by block."""
-    if isinstance(x, core.Array):
-        return x
-    optimized = x.optimize()
-    return core.Array(dict(optimized.__dask_graph__()), optimized.name, x.chunks, meta=x._meta)
-
-
-def _check_target(array: Any, connection: Any) -> None:
-    """Whether a save into `connection`'s transaction can write to `array` at all."""
-    if not isinstance(array, ZBigArray):
-        raise TypeError(f"the target must be a ZBigArray, not {type(array).__name__}")
-    if array._p_jar is None:
-        raise NotStoredError(
-            f"{array!r} belongs to no database yet: commit it first, or give it to its connection by conn.add(array)"
-        )
-    if array._p_jar is not connection:
-        raise ZBigError(f"{array!r} belongs to another connection than this save")
-    _check_open(connection)
-
-
-def _check_open(connection: Any) -> None:
-    if connection.opened is None:
-        raise ClosedError(f"the connection is closed: {connection!r}")
-    if connection.before is not None or connection.isReadOnly():
-        raise PublishError(f"the connection is read-only: {connection!r}")
-
-
-def _as_dask(x: Any) -> Any:
-    """`x` as a Dask array of known shape."""
-    if isinstance(x, ZBigArray):
-        return from_zbigarray(x)
-    if not isinstance(x, (da.Array, core.Array)):
-        values = np.asarray(x)
-        x = da.from_array(values, chunks=-1 if values.dtype.hasobject else "auto")
-    if any(np.isnan(n) for n in x.shape):
-        raise ShapeError(f"a Dask array of unknown shape {x.shape} cannot be stored: call compute_chunk_sizes() on it")
-    return x
-
-
-def _checked(x: Any, array: ZBigArray, region: Any, connection: Any) -> tuple[da.Array, Any]:
-    """`x` as a Dask array that fits `array[region]`, and where that lies."""
-    _check_target(array, connection)
-    x = _as_dask(x)
-    if not np.can_cast(x.dtype, array.dtype, "same_kind"):
-        raise DTypeError(f"cannot store {x.dtype} values in {array!r}: not castable by 'same_kind'")
-    index = Ellipsis if region is None else region
-    if not is_basic(index):
-        raise ShapeError(f"a region is made of integers and slices, not {region!r}")
-    where = locate(index, array.shape, array.itemsize, array.order)
-    if where.shape != x.shape:
-        named = "" if region is None else f"[{region!r}]"
-        raise ShapeError(f"cannot store an array of shape {x.shape} in {array!r}{named}, which has shape {where.shape}")
-    return x, where
-
-
-def to_zbigarray(x: Any, array: ZBigArray, region: Any = None) -> SaveResult:
+def to_zbigarray(
+    x: Any,
+    array: ZBigArray,
+    region: Any = None,
+    *,
+    append: bool = False,
+    compute: bool = True,
+    job_id: str | None = None,
+    return_stored: bool = False,
+    rechunk: Rechunk = "auto",
+) -> Any:
     """``array[region] = x``, done by Dask: every chunk is written by the task that has it.
 
     Returns when all is computed and staged. It is then part of the current transaction of the array's connection,
@@ -223,11 +92,25 @@ def to_zbigarray(x: Any, array: ZBigArray, region: Any = None) -> SaveResult:
         That a database knows.
     region : basic index, optional
         The part to write; by default all of it.
+    append : bool
+        Add `x` at the end of the array's major axis instead.
+    compute : bool
+        If False, return a `dask.delayed.Delayed` of a `StagedSave`: compute it when and where you like, then
+        call its ``publish(array)``. What it stages is kept for as long as its lease lasts (``zbig.lease-seconds``).
+    job_id : str, optional
+        A name of your own for this save. If the array's ledger, which knows the last 256, has it already, nothing is
+        computed or written: so a program that is run again saves once.
+    return_stored : bool
+        Return a Dask array that reads what was stored, chunk by chunk as `x` is, also before it is committed.
+    rechunk : bool or "auto"
+        Whether `x` is cut anew, along the array's major axis, before it is written. A chunk that is cut along other
+        axes lies in the array in many short pieces. "auto": if a chunk has more than 256 of them, shorter than
+        64 KiB, and that makes them at least 4 times as long; it moves data between workers.
 
     Returns
     -------
-    SaveResult
-        With `tid` None.
+    SaveResult, dask.delayed.Delayed or dask.array.Array
+        See `compute` and `return_stored`; by default a SaveResult with `tid` None.
 
     Raises
     ------
@@ -237,22 +120,80 @@ def to_zbigarray(x: Any, array: ZBigArray, region: Any = None) -> SaveResult:
         If the array belongs to no database.
     ClosedError, PublishError
         If the array's connection is closed, or read-only. PublishError also if the computation outlasted the
-        lease (`zbig.lease-seconds`) of what it staged.
+        lease of what it staged.
     DatabaseUnavailableError
         If a worker cannot open the database.
     """
+    if return_stored and not compute:
+        raise ValueError("return_stored needs compute=True: what compute=False returns says itself what was stored")
     connection = getattr(array, "_p_jar", None)
-    _checked(x, array, region, connection)
+    check_target(array, connection)
     started = time.perf_counter()
-    save = _Save(connection)
+    _check_job_id(job_id)
+    if job_id is not None and job_id in array._file.journal.jobs:
+        if return_stored or not compute:
+            raise PublishError(f"job {job_id!r} has been saved already: there is nothing to stage or to read back")
+        return SaveResult(job_id, None, 0, 0, time.perf_counter() - started)
+    x = fit(x, array, region, append, connection)
+    save = _Save(connection, job_id)
     try:
-        save.add(x, array, region)
-        save.run()
+        planned = save.add(x, array, region, append, rechunk)
+        if not compute:
+            return planned.lazily()
+        (staged,) = stage_all(save.plans, ())
+        publish([(array, staged)], connection)
     except BaseException:
-        save.give_up()
+        save.end()
         raise
-    save.forget_afterwards()
-    return SaveResult(save.job.id, None, save.bytes, save.segments, time.perf_counter() - started)
+    save.end_with_transaction()
+    if return_stored:
+        return read_back(staged, planned)
+    return SaveResult(save.ledger_id, None, staged.bytes, staged.segments, time.perf_counter() - started)
+
+
+class _Save:
+    """A job, and what it is to store."""
+
+    def __init__(self, connection: Any, job_id: str | None) -> None:
+        self.connection = connection
+        self.location = database.location(connection.db())
+        self.job: Job = persevere(self.location, lambda: begin_job(self.location, connection))
+        self._renewal = Renewal(self.job)  # for as long as there is this object
+        self.ledger_id = job_id or self.job.id
+        self.plans: list[Plan] = []
+        self.staged: list[StagedSave] | None = None
+
+    def add(self, x: Any, array: ZBigArray, region: Any, append: bool, rechunk: Rechunk) -> Plan:
+        """Plan the tasks that stage `x`."""
+        rows, end = 0, 0
+        if append:
+            rows = x.shape[array.major_axis]
+            before = [p.target for p in self.plans if p.array is array and p.target.rows]
+            end = array.nbytes
+            end += sum(t.rows for t in before) * (array.nbytes // max(array.shape[array.major_axis], 1))
+        planned = plan(x, array, region, rows, end, rechunk, self.job, self.ledger_id, len(self.plans))
+        self.plans.append(planned)
+        return planned
+
+    def publish(self) -> None:
+        assert self.staged is not None
+        publish([(p.array, s) for p, s in zip(self.plans, self.staged, strict=True)], self.connection)
+
+    def end(self) -> None:
+        """The job is not needed any more. (If the database cannot be reached now, its lease sees to it.)"""
+        self._renewal.stop()
+        with contextlib.suppress(ZBigError, POSError, OSError):
+            end_job(self.job)
+
+    def end_with_transaction(self) -> None:
+        """The same, once the current transaction is over, however it ends."""
+        current = self.connection.transaction_manager.get()
+        current.addAfterCommitHook(_end, (self,))
+        current.addAfterAbortHook(self.end)
+
+
+def _end(committed: bool, save: _Save) -> None:
+    save.end()
 
 
 class CommitCoordinator:
@@ -264,16 +205,29 @@ class CommitCoordinator:
     Parameters
     ----------
     connection : ZODB.Connection.Connection
+    job_id : str, optional
+        As of `to_zbigarray`: a save that the ledgers of all its arrays know is not done again, nor is the rest of its
+        transaction, which is aborted then.
 
     Attributes
     ----------
     result : SaveResult or None
         After the save.
+    progress : list of callable
+        Called with a `SaveProgress` whenever a chunk has been staged. Add yours inside of the ``with``.
 
     Raises
     ------
-    ConflictError
-        On leaving, if another transaction changed the same bytes. (The transaction is aborted.)
+    SaveConflictError
+        On leaving, if another transaction changed the same bytes. It is a ZODB ConflictError. The transaction is
+        aborted, but what was staged is kept: `retry` saves it over theirs, `discard` gives it up. Other conflicts, such
+        as of two appends, are resolved by publishing again, if there is nothing else in the transaction.
+    OutcomeUnknownError
+        If the server went away while it was asked to commit, and does not come back. See `published`.
+
+    Notes
+    -----
+    As its connection it belongs to one thread.
 
     Examples
     --------
@@ -290,68 +244,226 @@ class CommitCoordinator:
     >>> conn.close(); db.close()
     """
 
-    def __init__(self, connection: Any) -> None:
+    def __init__(self, connection: Any, job_id: str | None = None) -> None:
+        _check_job_id(job_id)
         self._connection = connection
+        self._job_id = job_id
         self._save: _Save | None = None
+        self._open = False
         self._started = 0.0
         self.result: SaveResult | None = None
+        self.progress: list[Callable[[SaveProgress], None]] = []
+
+    # -- what to save
 
     def __enter__(self) -> CommitCoordinator:
         if self._save is not None:
             raise PublishError("this CommitCoordinator is in use already")
-        _check_open(self._connection)
+        check_open(self._connection)
         self._started = time.perf_counter()
-        self._save = _Save(self._connection)
+        self.result = None
+        self._save = _Save(self._connection, self._job_id)
+        self._open = True
         return self
 
     def _current(self) -> _Save:
-        if self._save is None:
+        if self._save is None or not self._open:
             raise PublishError("use CommitCoordinator by `with`: outside of it there is nothing to store into")
         return self._save
 
-    def store(self, x: Any, array: ZBigArray, region: Any = None) -> None:
+    def store(self, x: Any, array: ZBigArray, region: Any = None, *, rechunk: Rechunk = "auto") -> None:
         """``array[region] = x``; see `to_zbigarray`. Computed on leaving the ``with``."""
-        self._current().add(x, array, region)
-
-    def append(self, x: Any, array: ZBigArray) -> None:
-        """Add `x` at the end of the array's major axis."""
         save = self._current()
-        _check_target(array, self._connection)
-        x = _as_dask(x)
-        if not array.ndim or x.ndim != array.ndim:
-            raise ShapeError(f"cannot append an array of shape {x.shape} to {array!r}")
-        axis = array.major_axis
-        before = array.shape
-        if x.shape[:axis] + x.shape[axis + 1 :] != before[:axis] + before[axis + 1 :]:
-            raise ShapeError(f"cannot append an array of shape {x.shape} along axis {axis} to {array!r}")
-        array.resize((*before[:axis], before[axis] + x.shape[axis], *before[axis + 1 :]))
-        region = tuple(slice(before[axis], None) if i == axis else slice(None) for i in range(array.ndim))
-        try:
-            save.add(x, array, region)
-        except BaseException:
-            array.resize(before)
-            raise
+        save.add(fit(x, array, region, False, self._connection), array, region, False, rechunk)
+
+    def append(self, x: Any, array: ZBigArray, *, rechunk: Rechunk = "auto") -> None:
+        """Add `x` at the end of the array's major axis, on leaving the ``with``."""
+        save = self._current()
+        save.add(fit(x, array, None, True, self._connection), array, None, True, rechunk)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        save, self._save = self._current(), None
-        manager = self._connection.transaction_manager
+        save = self._current()
+        self._open = False
         if error is not None:
-            manager.abort()
-            save.give_up()
+            self._connection.transaction_manager.abort()
+            self.discard()
             return
         try:
-            save.run()
+            if self._job_id is not None and save.plans and self.published():
+                self._finish_again(save)
+                return
+            save.staged = stage_all(save.plans, self.progress)
         except BaseException:
-            manager.abort()
-            save.give_up()
+            self._connection.transaction_manager.abort()
+            self.discard()
             raise
-        save.forget_afterwards()
+        self._publish(save)
+
+    # -- saving
+
+    def retry(self) -> SaveResult:
+        """Publish what was staged once more, in the connection's current transaction, and commit that.
+
+        For after a conflict: it is saved over what others have committed meanwhile. Nothing is computed again.
+
+        Raises
+        ------
+        PublishError
+            If there is nothing staged: it was saved, given up, or its lease is over.
+        """
+        save = self._save
+        if save is None or save.staged is None or self._open:
+            raise PublishError("there is nothing staged that could be published again")
+        self._started = time.perf_counter()
+        if self.published():
+            self._finish_again(save)
+        else:
+            self._publish(save)
+        assert self.result is not None
+        return self.result
+
+    def discard(self) -> None:
+        """Give up what was staged."""
+        save, self._save = self._save, None
+        if save is not None:
+            save.end()
+
+    def published(self) -> bool:
+        """Whether the ledgers of its arrays, as the server has them now, know this save.
+
+        Raises
+        ------
+        DatabaseUnavailableError
+            If the server does not answer.
+        """
+        save = self._save
+        if save is None:
+            return self.result is not None
+        return persevere(save.location, lambda: self._ask_ledgers(save))
+
+    def _ask_ledgers(self, save: _Save) -> bool:
+        db = self._connection.db()
+        database.sync(db)
+        stored = [p.array for p in save.plans if _is_stored(p.array)]
+        with reading(save.location, bytes(db.lastTransaction()), 0) as now:
+            return bool(stored) and all(save.ledger_id in now.get(a._p_oid)._file.journal.jobs for a in stored)
+
+    def _publish(self, save: _Save) -> None:
+        manager = self._connection.transaction_manager
+        alone = _is_alone(self._connection)
+        before = database.snapshot(self._connection)
+        retries = 0
+        while True:
+            try:
+                save.publish()
+                manager.commit()
+                break
+            except BaseException as error:
+                with contextlib.suppress(POSError, OSError):
+                    manager.abort()
+                if isinstance(error, ConflictError):
+                    # by another client that runs the same job, or by a try of ours that arrived late
+                    if self.published():
+                        self._finish_again(save)
+                        return
+                elif self._is_saved_after_all(save, error):
+                    self._move_on()
+                    break
+                if not transient(error):
+                    raise
+                database.sync(self._connection.db())
+                manager.begin()
+                self._check_unchanged(save, before, error)
+                if not alone or retries == TRIES:
+                    manager.abort()
+                    raise
+            retries += 1
+        self._finish(save, retries)
+
+    def _move_on(self) -> None:
+        """Let the connection see what is saved. (In explicit mode it will when its next transaction begins.)"""
+        if not self._connection.transaction_manager.explicit:
+            self._connection.transaction_manager.begin()
+
+    def _check_unchanged(self, save: _Save, before: bytes, error: BaseException) -> None:
+        """Raise, if it is data of ours that others have changed since the snapshot `before`, up to the present one.
+
+        If that cannot be told, raise `error`. Nothing may be published over what others did unless the user says so.
+        """
+        after = database.snapshot(self._connection)
+        assert save.staged is not None
+        for planned, staged in zip(save.plans, save.staged, strict=True):
+            if staged.target.rows or not _is_stored(planned.array):
+                continue
+            look = partial(changed_between, save.location, staged.target.oid, before, after, staged.ranges())
+            try:
+                theirs = persevere(save.location, look)
+            except (ZBigError, POSError, OSError):
+                self._connection.transaction_manager.abort()
+                raise error from None
+            if len(theirs):
+                found = conflict(planned.array, theirs)
+                self._connection.transaction_manager.abort()
+                raise found from error
+
+    def _is_saved_after_all(self, save: _Save, error: BaseException) -> bool:
+        """The answer to a commit was lost, perhaps: ask the ledger."""
+        if not isinstance(error, (POSError, OSError)):
+            return False
         try:
-            manager.commit()
-        except BaseException:
-            manager.abort()
-            raise
+            # What was sent may arrive after all. The server does one commit at a time: so when it has done another
+            # one, it has done ours, or never will.
+            with contextlib.suppress(JobGoneError):
+                persevere(save.location, lambda: renew(save.job))
+            return self.published()
+        except (ZBigError, POSError, OSError) as e:
+            raise OutcomeUnknownError(
+                f"the server went away while it was asked to commit ({type(error).__name__}: {error}). Whether the "
+                f"save is done, `published()` tells when it answers again; if not, `retry()` publishes what was staged"
+            ) from e
+
+    def _finish(self, save: _Save, retries: int) -> None:
+        assert save.staged is not None
+        size, segments = sum(s.bytes for s in save.staged), sum(s.segments for s in save.staged)
         seconds = time.perf_counter() - self._started
-        self.result = SaveResult(save.job.id, save.tid(), save.bytes, save.segments, seconds)
+        self.result = SaveResult(save.ledger_id, self._tid(save), size, segments, seconds, retries)
+        self.discard()
+
+    def _finish_again(self, save: _Save) -> None:
+        """It was saved before: then so was what else is in the transaction."""
+        with contextlib.suppress(NoTransaction):
+            self._connection.transaction_manager.abort()
+        self._move_on()
+        self.result = SaveResult(save.ledger_id, None, 0, 0, time.perf_counter() - self._started)
+        self.discard()
+
+    def _tid(self, save: _Save) -> bytes | None:
+        """The transaction that has just published; None if there was nothing to publish."""
+        serials = []
+        for planned in save.plans:
+            journal = planned.array._file.journal
+            journal._p_activate()  # it is a ghost if the commit merged it with another job's
+            if journal.jobs[-1:] == (save.ledger_id,):
+                serials.append(journal._p_serial)
+        if not save.plans:
+            return None
+        return bytes(max(serials, default=self._connection.db().lastTransaction()))
+
+
+def _check_job_id(job_id: Any) -> None:
+    if job_id is not None and (not isinstance(job_id, str) or not job_id):
+        raise TypeError(f"a job_id is a text of at least one letter, not {job_id!r}")
+
+
+def _is_stored(array: ZBigArray) -> bool:
+    array._p_activate()
+    return array._p_serial not in (None, b"\0" * 8)
+
+
+def _is_alone(connection: Any) -> bool:
+    """Whether there is nothing in the connection's transaction: then publishing may be repeated in another one."""
+    manager = manager_of(connection)
+    others = [r for r in connection.transaction_manager.get()._resources if r is not manager]
+    return connection._needs_to_join and not manager.dirty and not others

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,15 +11,16 @@ import numpy as np
 import numpy.typing as npt
 
 from dask_zbig.cluster.staging import Job, StagedSegment, commit_entry
-from dask_zbig.cluster.worker import blob_directory
+from dask_zbig.cluster.worker import blob_directory, persevere
 from dask_zbig.config import get
 from dask_zbig.errors import DTypeError, ScratchError, ShapeError
 from dask_zbig.memory._native import BLOCK, PAGE
 from dask_zbig.segmentwriter import add_blobs, seal, store_inline
 from dask_zbig.storage import extents as ex
 from dask_zbig.storage.segment import FileSource, SegmentRef
+from dask_zbig.tempfiles import Hold, new_name
 
-__all__ = ["Manifest", "Place", "runs_of", "stage", "stage_block"]
+__all__ = ["Manifest", "Place", "layout", "run_size", "runs_of", "stage", "stage_block"]
 
 INLINE_PIECE = 1 << 20
 
@@ -50,6 +50,12 @@ class Manifest:
     extents: bytes
     segments: tuple[StagedSegment, ...]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that were staged."""
+        rows = np.frombuffer(self.extents, ex.EXTENT)
+        return int((rows["stop"] - rows["start"]).sum())
+
 
 def runs_of(
     shape: Sequence[int], position: int, strides: Sequence[int], itemsize: int
@@ -70,16 +76,26 @@ def runs_of(
     """
     flipped = tuple(i for i, s in enumerate(strides) if s < 0)
     position += sum((shape[i] - 1) * strides[i] for i in flipped)
-    axes = tuple(sorted(range(len(shape)), key=lambda i: -abs(strides[i]) if shape[i] > 1 else -(1 << 62)))
-    size = itemsize
-    outer = list(axes)
-    while outer and (shape[outer[-1]] == 1 or abs(strides[outer[-1]]) == size):
-        size *= shape[outer.pop()]
+    axes, outer, size = layout(shape, strides, itemsize)
     starts = np.array([position], np.int64)
     for axis in outer:
         steps = np.arange(shape[axis], dtype=np.int64) * abs(strides[axis])
         starts = (starts[:, None] + steps[None, :]).ravel()
     return starts, size, axes, flipped
+
+
+def layout(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> tuple[tuple[int, ...], list[int], int]:
+    """The axes from the widest step to the narrowest; those of them that part runs; the bytes of a run."""
+    axes = tuple(sorted(range(len(shape)), key=lambda i: -abs(strides[i]) if shape[i] > 1 else -(1 << 62)))
+    outer, size = list(axes), itemsize
+    while outer and (shape[outer[-1]] == 1 or abs(strides[outer[-1]]) == size):
+        size *= shape[outer.pop()]
+    return axes, outer, size
+
+
+def run_size(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> int:
+    """Bytes of the contiguous runs that a strided block covers; see `runs_of`."""
+    return layout(shape, strides, itemsize)[2]
 
 
 def stage_block(block: Any, slices: Sequence[slice], whole: Place, job: Job) -> npt.NDArray[Any]:
@@ -119,10 +135,15 @@ def stage(block: Any, place: Place, job: Job) -> Manifest:
     starts, size, axes, flipped = runs_of(data.shape, place.position, place.strides, place.dtype.itemsize)
     data = np.flip(data, flipped) if flipped else data
     flat = np.ascontiguousarray(data.transpose(axes)).reshape(-1).view(np.uint8)
-    directory = blob_directory(job.location)
-    if directory is None or len(flat) <= get("inline-limit"):
-        return _stage_inline(flat, starts, size, place, job)
-    return _stage_blob(flat, starts, size, place, job, directory)
+
+    def attempt() -> Manifest:
+        directory = blob_directory(job.location)
+        if directory is None or len(flat) <= get("inline-limit"):
+            return _stage_inline(flat, starts, size, place, job)
+        return _stage_blob(flat, starts, size, place, job, directory)
+
+    # A task that fails costs the whole computation. (If it is unknown whether something was staged: never mind.)
+    return persevere(job.location, attempt)
 
 
 def _stage_inline(
@@ -157,18 +178,19 @@ def _stage_blob(
     # At the same offset modulo a page as in the array: then whole pages can be mapped. Modulo a block, where the
     # hole that this makes in the file is small beside the data: then huge ones can.
     pad = int(starts[0]) % (BLOCK if len(starts) == 1 and len(flat) >= 4 * BLOCK else PAGE)
-    path = os.path.join(directory, f"zbig-stage-{os.getpid()}-{secrets.token_hex(8)}")
-    try:
+    path = os.path.join(directory, new_name())
+    with Hold(directory):
         try:
-            _write(path, flat, pad)
-        except OSError as e:
-            raise ScratchError(e.errno, f"cannot write {len(flat)} bytes to {path!r}: {e.strerror}") from e
-        source = FileSource(path)
-        sums = seal([source])
-        staged = commit_entry(job, lambda connection: add_blobs(None, connection, [source], sums))
-    finally:
-        if os.path.exists(path):
-            os.unlink(path)
+            try:
+                _write(path, flat, pad)
+            except OSError as e:
+                raise ScratchError(e.errno, f"cannot write {len(flat)} bytes to {path!r}: {e.strerror}") from e
+            source = FileSource(path)
+            sums = seal([source])
+            staged = commit_entry(job, lambda connection: add_blobs(None, connection, [source], sums))
+        finally:
+            if os.path.exists(path):
+                os.unlink(path)
     rows = np.zeros(len(starts), ex.EXTENT)
     rows["start"] = starts
     rows["stop"] = starts + size

@@ -9,19 +9,21 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import transaction
-from transaction.interfaces import NoTransaction
+from transaction.interfaces import NoTransaction, TransientError
 
 from dask_zbig import database
 from dask_zbig.config import get
 from dask_zbig.database import Location
+from dask_zbig.errors import DatabaseUnavailableError
 
-__all__ = ["blob_directory", "reading", "writing"]
+__all__ = ["blob_directory", "persevere", "reading", "transient", "writing"]
 
 #: Idle connections that are kept, over all databases and snapshots.
 IDLE = 8
@@ -30,6 +32,8 @@ IDLE = 8
 RETIRE_BYTES = 1 << 30
 #: ZODB warns of more connections than this at one snapshot.
 HISTORICAL_POOL = 64
+
+T = TypeVar("T")
 
 
 class _Pool:
@@ -102,6 +106,32 @@ def writing(location: Location) -> Iterator[Any]:
         with contextlib.suppress(NoTransaction):  # it was committed
             manager.abort()
         connection.close()
+
+
+def persevere(location: Location, attempt: Callable[[], T]) -> T:
+    """What `attempt` returns, although the connection to the server is lost meanwhile, or something conflicts.
+
+    For what may be done twice: it is unknown whether the attempt before has committed.
+
+    Raises
+    ------
+    DatabaseUnavailableError, transaction.interfaces.TransientError
+        If that goes on for longer than ``zbig.zeo.wait-timeout``.
+    """
+    deadline = time.monotonic() + get("zeo.wait-timeout")
+    while True:
+        try:
+            return attempt()
+        except (TransientError, DatabaseUnavailableError) as error:
+            if not transient(error) or time.monotonic() > deadline:
+                raise
+        with contextlib.suppress(DatabaseUnavailableError):  # (or the connection is lost again)
+            database.sync(database.database(location))  # which waits for the server
+
+
+def transient(error: BaseException) -> bool:
+    """Whether trying again may help: the connection was lost, perhaps in a load or while it was made, or a conflict."""
+    return isinstance(error, TransientError) or isinstance(error.__cause__, TransientError)
 
 
 def blob_directory(location: Location) -> str | None:
