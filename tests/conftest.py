@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import os
+import subprocess
+import sys
 
 import hypothesis
 import pytest
 import transaction
 import ZODB
+from ZODB.DemoStorage import DemoStorage
 from ZODB.FileStorage import FileStorage
 from ZODB.MappingStorage import MappingStorage
 
@@ -58,9 +62,13 @@ class Clients:
         self._more = more or (lambda: db)  # a database as another process would have it
         self._stack = contextlib.ExitStack()
 
+    def database(self, *, other=False):
+        """The database; `other`: by a storage client of its own, if this kind of storage has those."""
+        return self._more() if other else self.db
+
     def connect(self, *, other=False):
-        """A new Client; `other`: by a storage client of its own, if this kind of storage has those."""
-        return Client(self, self._more() if other else self.db)
+        """A new Client of `database`."""
+        return Client(self, self.database(other=other))
 
     def new(self, *args, name="A", **options):
         """Store a new array under root[name] and commit."""
@@ -149,6 +157,11 @@ def open_clients(kind, directory, request):
             clients = Clients(kind, opened(ZODB.DB(FileStorage(os.path.join(directory, "x.fs")))), blobs=False)
         elif kind == "mapping":
             clients = Clients(kind, opened(ZODB.DB(MappingStorage())), merges=False, blobs=False)
+        elif kind == "demo":  # changes in memory, over whatever was stored there by "filestorage"
+            path = os.path.join(directory, "x.fs")
+            dz.open(path).close()
+            base = FileStorage(path, read_only=True, blob_dir=path + ".blobs")
+            clients = Clients(kind, opened(ZODB.DB(DemoStorage(base=base))))
         else:
             uri = request.getfixturevalue("zeo_server" if kind == "zeo" else "zeo_cache_server")
             clients = Clients(kind, opened(dz.open(uri)), more=lambda: opened(dz.open(uri)))
@@ -177,3 +190,20 @@ def local(request, tmp_path):
     """Clients of a FileStorage with blobs."""
     with open_clients("filestorage", str(tmp_path), request) as opened:
         yield opened
+
+
+# -- disks
+
+
+@pytest.fixture
+def tiny_disk(tmp_path):
+    """A file system of 8 MiB."""
+    if os.getuid() or not sys.platform.startswith("linux"):
+        pytest.skip("needs root, to mount a small file system")
+    path = tmp_path / "disk"
+    path.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(path)], check=False).returncode:
+        pytest.skip("cannot mount a file system here")
+    yield str(path)
+    gc.collect()
+    subprocess.run(["umount", "-l", str(path)], check=True)

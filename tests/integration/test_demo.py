@@ -204,7 +204,8 @@ def test_stopped(path, temporary, tmp_path, number, step):
         os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
         _, trouble = process.communicate(timeout=60)
     assert process.returncode == 128 + number
-    assert trouble.strip() == "stopped, cleaning up"
+    assert trouble.split("\n")[:2] == ["", "stopped, cleaning up"] or trouble.startswith("stopped, cleaning up\n")
+    assert "dask_zbig" not in trouble  # (ZEO, interrupted while it waits for an answer, may complain when that comes)
     assert not os.path.exists(tmp_path / "map.png")
     assert [p for p in psutil.process_iter(["cmdline"]) if path in " ".join(p.info["cmdline"] or [])] == []
 

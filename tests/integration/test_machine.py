@@ -1,7 +1,7 @@
 """Several connections doing anything in any order, against a model in plain NumPy.
 
-The model has the committed array, and for each connection the snapshot that it sees, with the connection's own
-changes. After every step everything that any view shows is compared.
+The model has the committed array with a few counters beside it, and for each connection the snapshot that it sees,
+with the connection's own changes. After every step everything that any view shows is compared.
 """
 
 from __future__ import annotations
@@ -13,248 +13,356 @@ import tempfile
 
 import numpy as np
 import pytest
+import transaction
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from ZODB.POSException import ConflictError
+from persistent.mapping import PersistentMapping
+from ZODB.POSException import UndoError
 
 import dask_zbig as dz
-from dask_zbig.storage.format import LEAF_BYTES
+from dask_zbig.database import sync
 
-from tests.conftest import Client, open_clients  # isort: skip
+from tests.actions import actions, users  # isort: skip
+from tests.actor import COUNTERS, SAVEPOINTS, Actor, Historical, RemoteActors  # isort: skip
+from tests.conftest import open_clients  # isort: skip
+from tests.machine import DEEP, FLAT, GAP, ROOM, Change, Seen, Snapshot, sized, undo  # isort: skip
 
-PAGE = 4096
-ROOM = 200_000  # elements beyond the start that are written, of 2 bytes: more than a commit keeps inline
-GAP = LEAF_BYTES // 2 - 1000  # at the border of two leaves
-users = st.integers(0, 2)
-values = st.integers(1, 60_000)
-places = st.integers(0, 20) | st.sampled_from([2047, 2048, 2049, 100_000, 199_999, GAP, GAP + 999, GAP + 1000])
-lengths = st.sampled_from([1, 1, 2, 30, 2048, 2049, 50_000, 120_000])
+REMEMBERED = 4  # snapshots, and changes that may be undone
 
 
 class User:
-    """A connection, and what it should see: `seen`, which was committed at `version`, and changes."""
+    """An actor, what it should see, and what it should see again after a rollback."""
 
-    def __init__(self, machine):
-        self.client = machine.clients.connect(other=True)
-        self.array = self.client.root["A"]
-        self.views = []
+    def __init__(self, actor, machine):
+        self.actor = actor
         self.boundary(machine)
+        self.views = []  # how long each is
 
     def boundary(self, machine):
-        self.seen = machine.committed.copy()
-        self.version = machine.version
-        self.changed = np.zeros(len(self.seen), bool)
-        self.resized = False
-        self.touched = False  # written to, if only what was there already
+        self.seen = Seen(machine.committed, machine.version)
         self.savepoints = []
-
-    def state(self):
-        return self.seen.copy(), self.changed.copy(), self.resized
 
 
 class Machine(RuleBasedStateMachine):
     kind = "filestorage"
-    leaves = 1
+    regions = FLAT
+    count = 3
+    undoes = False
+    packs = False
     servers = None
+    remote = None
 
     @initialize(start=st.sampled_from([10, 2048, 150_000]))
     def open(self, start):
         self.stack = contextlib.ExitStack()
         directory = self.stack.enter_context(tempfile.TemporaryDirectory())
+        start += GAP + 10 if self.regions is DEEP else 0
+        if self.kind == "demo":  # in what lies below
+            with open_clients("filestorage", directory, self.servers) as below:
+                self.create(below, start)
         self.clients = self.stack.enter_context(open_clients(self.kind, directory, self.servers))
-        start += GAP + 10 if self.leaves > 1 else 0
-        self.clients.new(start, "<u2")
-        self.committed = np.zeros(start, "<u2")
-        self.history = {}  # version -> (elements that it changed, whether the shape changed)
+        if self.kind != "demo":
+            self.create(self.clients, start)
+        self.committed = Snapshot(np.zeros(start, "<u2"), (0,) * COUNTERS)
         self.version = 0
-        self.users = [User(self) for _ in range(3 if self.leaves == 1 else 2)]
+        self.changes = []  # one for each version since `first`
+        self.first = 0
+        self.past = [(self.clients.db.lastTransaction(), self.committed.parts(self.regions))]
+        self.kept = []  # historical connections
+        self.users = [User(self.actor(number), self) for number in range(self.count)]
 
-    def user(self, number):
-        return self.users[number % len(self.users)]
+    @staticmethod
+    def create(clients, start):
+        client = clients.connect()
+        client.root["A"] = dz.ZBigArray(start, "<u2")
+        client.root["counters"] = tuple(PersistentMapping(n=0) for _ in range(COUNTERS))
+        client.commit()
+        client.close()
+
+    def actor(self, number):
+        if self.remote is not None and number == 1:
+            return self.remote.new()
+        return Actor(self.clients.database(other=True))
+
+    @rule(u=users, action=actions)
+    def act(self, u, action):
+        name, given = action
+        getattr(self, name)(self.users[u % len(self.users)], **given)
 
     # -- data
 
-    @rule(u=users, at=places, n=lengths, value=values, by_view=st.booleans())
-    def write(self, u, at, n, value, by_view):
-        user = self.user(u)
-        where = slice(at, min(at + n, len(user.seen)))
-        if where.start >= where.stop:
+    def where(self, at, n, step, size):
+        """A slice of what is somebody's; None if there is nothing."""
+        if not size:
+            return None
+        at %= size
+        stop = min(at + n, size, ROOM if self.regions is DEEP and at < ROOM else size)
+        if step > 0:
+            return slice(at, stop, step)
+        return slice(stop - 1, at - 1 if at else None, step)
+
+    def write_and_commit(self, user, **what):
+        self.write(user, **what)
+        self.commit(user)
+
+    def write(self, user, *, at, n, step, value, scalar, how, which):
+        size = len(user.seen.array)
+        if how == "kept":
+            if not user.views:
+                return
+            which %= len(user.views)
+            size = user.views[which]
+        where = self.where(at, n, step, size)
+        if where is None:
             return
-        user.touched = True
-        data = (np.arange(where.stop - where.start) + value).astype("<u2")
-        if by_view:
-            user.array[:][where] = data
+        data = np.full(size, value, "<u2")[where]
+        if not scalar:
+            data = (np.arange(len(data)) + value).astype("<u2")
+        given = value if scalar else data
+        if how == "array":
+            user.actor.write(where, given)
+        elif how == "fancy":
+            user.actor.write(np.arange(size)[where], given)
+        elif how == "view":
+            user.actor.write_by_view(where, given)
         else:
-            user.array[where] = data
-        user.changed[where] |= user.seen[where] != data
-        user.seen[where] = data
+            user.actor.write_by_kept_view(which, where, given)
+        inside = np.arange(size)[where] < len(user.seen.array)  # an old view may be longer than the array is
+        user.seen.write(np.arange(size)[where][inside], data[inside])
 
-    @rule(u=users, at=places)
-    def write_the_same(self, u, at):
-        user = self.user(u)
-        if at < len(user.seen):
-            user.touched = True
-            user.array[at] = user.seen[at]
+    def write_between(self, user, *, which, at, n, value, other):
+        """After one transaction and before the next, while somebody else commits."""
+        self.begin(user, abort=False)
+        if not user.views or not len(user.seen.array):
+            return
+        user.actor.abort()
+        size = min(user.views[which % len(user.views)], len(user.seen.array))
+        where = self.where(at, n, 1, size)
+        if where is None:
+            return
+        user.actor.write_by_kept_view(which % len(user.views), where, value)
+        changed = np.arange(where.start, where.stop)[user.seen.array[where] != value]
+        self.write_and_commit(next(u for u in self.users if u is not user), **other)
+        meanwhile = self.changes[user.seen.version - self.first :]
+        user.actor.begin()
+        user.boundary(self)
+        changed = changed[changed < len(user.seen.array)]
+        user.seen.write(changed, np.full(len(changed), value, "<u2"))
+        if any(np.isin(changed, change.where).any() for change in meanwhile):
+            self.finish(user, True)
+        elif any(change.scattered or change.resized for change in meanwhile):
+            self.finish(user, None)
 
-    @rule(u=users)
-    def keep_a_view(self, u):
-        user = self.user(u)
-        user.views = [*user.views[-2:], user.array[:]]
+    def write_the_same(self, user, at):
+        where = self.where(at, 1, 1, len(user.seen.array))
+        if where is not None:
+            user.actor.write(where, user.seen.array[where])
+            user.seen.write(where, user.seen.array[where])
 
-    @rule(u=users)
-    def drop_views(self, u):
-        self.user(u).views.clear()
+    def count_up(self, user, which):
+        """An object of ZODB's own: it shall be there just when the array's changes are."""
+        user.actor.count(which)
+        user.seen.counters[which] += 1
 
-    @rule(u=users, n=st.sampled_from([0, 1, 5, 2048, 40_000]), value=values)
-    def append(self, u, n, value):
-        user = self.user(u)
-        if len(user.seen) + n > GAP + ROOM:
+    def read(self, user, at, n, step):
+        where = self.where(at, n, step, len(user.seen.array))
+        if where is not None:
+            np.testing.assert_array_equal(user.actor.read(where), user.seen.array[where])
+
+    def keep_view(self, user):
+        user.actor.keep_view()
+        user.views = [*user.views[-2:], len(user.seen.array)]
+
+    def drop_views(self, user):
+        user.actor.drop_views()
+        user.views = []
+
+    def append(self, user, n, value):
+        size = len(user.seen.array)
+        if self.regions is DEEP and size + n > (ROOM if size <= ROOM else GAP + ROOM):
+            return
+        if self.regions is FLAT and size + n > 2 * ROOM:
             return
         data = (np.arange(n) + value).astype("<u2")
-        user.array.append(data)
-        user.seen = np.concatenate([user.seen, data])
-        user.changed = np.concatenate([user.changed, np.ones(n, bool)])
-        user.resized |= n > 0
+        user.actor.append(data)
+        user.seen.append(data)
 
-    @rule(u=users, size=st.sampled_from([0, 1, 9, 2047, 2048, 2049, 90_000, 150_000]), upper=st.booleans())
-    def resize(self, u, size, upper):
-        user = self.user(u)
-        if self.leaves > 1 and upper:
+    def resize(self, user, size, upper):
+        if self.regions is DEEP and upper:
             size += GAP
-        if size == len(user.seen):
-            return
-        user.array.resize(size)
-        kept = min(size, len(user.seen))
-        seen, changed = np.zeros(size, "<u2"), np.ones(size, bool)
-        seen[:kept], changed[:kept] = user.seen[:kept], user.changed[:kept]
-        user.seen, user.changed, user.resized = seen, changed, True
+        if size != len(user.seen.array):
+            user.actor.resize(size)
+            user.seen.resize(size)
+
+    def resize_and_back(self, user, size, upper, n, at, value, how):
+        """With views of every size that are written to; then all of it is rolled back, or only the size is."""
+        self.savepoint(user)
+        self.keep_view(user)
+        before = len(user.seen.array)
+        self.resize(user, size, upper)
+        self.append(user, n, value)
+        self.keep_view(user)
+        for which, length in enumerate(user.views):
+            for place in (at, length - 5):
+                self.write_kept(user, which, self.where(place, 3000, 1, length), value)
+        if how == "size" and before != len(user.seen.array):
+            user.actor.resize(before)
+            user.seen.resize(before)
+        if how == "twice":
+            self.savepoint(user)
+            self.write_kept(user, 0, self.where(at, 1, 1, user.views[0]), value)
+        if how != "size":
+            self.back_to(user, len(user.savepoints) - (2 if how == "twice" else 1))
+
+    def write_kept(self, user, which, where, value):
+        if where is not None:
+            user.actor.write_by_kept_view(which, where, value)
+            inside = np.arange(len(user.seen.array))[where]  # an old view may be longer than the array is
+            user.seen.write(inside, np.full(len(inside), value, "<u2"))
 
     # -- transactions
 
-    def expect_conflict(self, user):
-        """Whether a commit must, may or must not conflict: True, None or False."""
-        if not user.changed.any() and not user.resized and not user.touched:
-            return False
-        sure = maybe = False
-        for version in range(user.version + 1, self.version + 1):
-            theirs, resized = self.history[version]
-            n = min(len(theirs), len(user.changed))
-            both = bool((theirs[:n] & user.changed[:n]).any())
-            sure |= both or (resized and user.resized)
-            # a change of shape meets a change of data: shrinking conflicts; and a storage may merge nothing
-            maybe |= resized or user.resized or not self.clients.merges
-        return True if sure else None if maybe else False
+    def commit(self, user):
+        changes = self.changes[user.seen.version - self.first :]
+        self.finish(user, user.seen.conflicts(changes, self.clients.merges))
 
-    @rule(u=users)
-    def commit(self, u):
-        user = self.user(u)
-        expected = self.expect_conflict(user)
-        try:
-            user.client.commit()
-            conflict = False
-        except ConflictError:
-            user.client.abort()
-            conflict = True
+    def finish(self, user, expected):
+        """Commit; a conflict is expected (True), is not (False), or may come (None)."""
+        note = f"version {self.version + 1}"
+        conflict = not user.actor.commit(note)
         assert expected is None or conflict == expected
-        changed = user.changed.any() or user.resized
-        if changed and not conflict:
-            after = user.seen.copy()
-            if user.version != self.version:  # merged with what others committed
-                base = self.committed
-                if not user.resized:
-                    after = base.copy()
-                    n = min(len(base), len(user.seen))
-                    after[:n][user.changed[:n]] = user.seen[:n][user.changed[:n]]
-                else:
-                    n = min(len(base), len(user.seen))
-                    take = ~user.changed[:n]
-                    after[:n][take] = base[:n][take]
-            self.version += 1
-            self.history[self.version] = (user.changed.copy(), user.resized)
-            self.committed = after
+        if user.seen.changed and not conflict:
+            self.learn(user.seen.merged(self.committed), resized=user.seen.resized, note=note)
         self.begin_all(user)
+
+    def learn(self, after, **what):
+        """Something was committed."""
+        self.changes.append(Change(self.committed, after, **what))
+        self.version += 1
+        self.committed = after
+        sync(self.clients.db)
+        self.past = [*self.past[1 - REMEMBERED :], (self.clients.db.lastTransaction(), after.parts(self.regions))]
 
     def begin_all(self, user):
-        user.client.begin()
+        user.actor.begin()
         user.boundary(self)
 
-    @rule(u=users)
-    def abort(self, u):
-        user = self.user(u)
-        user.client.abort()
+    def begin(self, user, abort, savepoint=False):
+        if abort:
+            user.actor.abort()
         self.begin_all(user)
+        if savepoint:  # before the array is used
+            self.savepoint(user)
 
-    @rule(u=users)
-    def begin(self, u):
-        self.begin_all(self.user(u))
+    def savepoint(self, user):
+        user.actor.savepoint()
+        user.savepoints = [*user.savepoints[1 - SAVEPOINTS :], user.seen.state()]
 
-    @rule(u=users)
-    def savepoint(self, u):
-        user = self.user(u)
-        user.savepoints = [*user.savepoints[-3:], (user.client.savepoint(), user.state())]
+    def rollback(self, user, which):
+        if user.savepoints:
+            self.back_to(user, which % len(user.savepoints))
 
-    @rule(u=users, which=st.integers(0, 3))
-    def rollback(self, u, which):
-        user = self.user(u)
-        if not user.savepoints:
+    def back_to(self, user, which):
+        user.actor.rollback(which)
+        user.seen.restore(user.savepoints[which])
+        del user.savepoints[which + 1 :]
+
+    # -- the past
+
+    def undo(self, _, back):
+        if not self.undoes or not self.changes:
             return
-        which %= len(user.savepoints)
-        savepoint, state = user.savepoints[which]
-        savepoint.rollback()
-        user.seen, user.changed, user.resized = (state[0].copy(), state[1].copy(), state[2])
-        user.savepoints = user.savepoints[: which + 1]
+        back = min(back, len(self.changes))
+        change = self.changes[-back]
+        ids = [
+            t["id"]
+            for t in self.clients.db.undoInfo(0, 1000)
+            if t["description"] in (change.note, change.note.encode())
+        ]
+        if not ids:
+            assert not len(change.where)  # it changed something and changed it back: nothing was stored
+            return
+        after, doubtful, may_fail = undo(self.committed, self.changes, len(self.changes) - back)
+        manager = transaction.TransactionManager()
+        note = f"version {self.version + 1}"
+        manager.begin().note(note)
+        self.clients.db.undo(ids[0], manager.get())
+        try:
+            manager.commit()
+        except UndoError:
+            manager.abort()
+            assert may_fail
+            return
+        if len(doubtful):
+            with contextlib.closing(Actor(self.clients.db)) as fresh:
+                now = fresh.read(doubtful)
+            before = sized(self.committed.array, len(after.array))[doubtful]
+            hidden = doubtful >= len(self.committed.array)
+            assert np.all((now == after.array[doubtful]) | (now == before) | hidden)
+            after.array[doubtful] = now
+        self.learn(after, resized=change.resized, note=note, undone=change)
+
+    def look_back(self, _, which):
+        """Open an old version; the next steps shall not change what it shows."""
+        for old in self.kept:
+            old.close()
+        tid, parts = self.past[which % len(self.past)]
+        self.kept = [Historical(self.clients.db, tid, parts)]
+
+    def pack(self, _):
+        """As ZODB is: whoever reads at an older snapshot may find it packed away."""
+        if self.packs and all(user.seen.version == self.version for user in self.users):
+            for old in self.kept:
+                old.close()
+            self.kept = []
+            self.clients.db.pack()
+            self.past = self.past[-1:]
+            self.first, self.changes = self.version, []
 
     # -- connections
 
-    @rule(u=users)
-    def cache_minimize(self, u):
-        self.user(u).client.connection.cacheMinimize()
+    def disturb(self, user, how):
+        getattr(user.actor, how)()
 
-    @rule(u=users)
-    def cache_gc(self, u):
-        self.user(u).client.connection.cacheGC()
-        gc.collect()
-
-    @rule(u=users)
-    def reopen(self, u):
-        user = self.user(u)
-        user.client.close()
-        self.users[u % len(self.users)] = User(self)
-
-    @rule()
-    def pack(self):
-        """As ZODB is: whoever reads at an older snapshot may find it packed away."""
-        if self.kind != "mapping" and all(user.version == self.version for user in self.users):
-            self.clients.db.pack()
+    def reopen(self, user):
+        """The pool hands out the same connection again, or another."""
+        if user.seen.mask().any() or user.seen.counted():
+            assert user.actor.close_is_refused()
+        user.actor.close()
+        user.actor.open()
+        user.boundary(self)
+        user.views = []
 
     # -- what must hold
 
     @invariant()
     def everybody_sees_what_they_should(self):
         for user in getattr(self, "users", ()):
-            assert user.array.shape == user.seen.shape
-            self.compare(user.array[:], user.seen)
-            for view in user.views:
-                n = min(len(view), len(user.seen))
-                self.compare(view[:n], user.seen[:n])
-
-    @staticmethod
-    def compare(got, expected):
-        for lo, hi in [(0, ROOM), (GAP - ROOM, None)]:  # what lies between is nobody's
-            if lo < len(expected):
-                np.testing.assert_array_equal(got[lo:hi], expected[lo:hi])
+            shape, counters, shown = user.actor.see(self.regions)
+            expected_shape, _, expected = Snapshot(user.seen.array, ()).parts(self.regions)
+            assert shape == expected_shape
+            assert counters == user.seen.counters
+            for view, size in zip(shown, [shape[0], *user.views], strict=True):
+                for got, want, (lo, _) in zip(view, expected, self.regions, strict=True):
+                    np.testing.assert_array_equal(got, want[: max(size - lo, 0)])
+        for old in getattr(self, "kept", ()):
+            old.compare(self.regions)
 
     def teardown(self):
         if not hasattr(self, "users"):
             return
         for user in self.users:
-            user.client.abort()
-            user.views.clear()
-        fresh = Client(self.clients, self.clients.db)
-        fresh.begin()
-        self.compare(fresh.root["A"][:], self.committed)
-        fresh.close()
+            user.actor.close()
+        for old in self.kept:
+            old.close()
+        with contextlib.closing(Actor(self.clients.db)) as fresh:
+            shape, counters, shown = fresh.see(self.regions)
+        expected_shape, expected_counters, expected = self.committed.parts(self.regions)
+        assert (shape, counters) == (expected_shape, expected_counters)
+        for got, want in zip(shown[0], expected, strict=True):
+            np.testing.assert_array_equal(got, want)
+        gc.collect()  # the blobs of a commit that failed die as a cycle, and their files with them
         assert self.clients.scratch() == []
         self.users.clear()
         self.stack.close()
@@ -275,42 +383,74 @@ LONG = settings(
 class FileStorageMachine(Machine):
     """Blobs."""
 
+    undoes = packs = True
+
 
 class BloblessMachine(Machine):
     kind = "blobless"
+    undoes = packs = True
 
 
 class MappingMachine(Machine):
     kind = "mapping"
 
 
+class DemoMachine(Machine):
+    kind = "demo"
+
+
 class DeepMachine(Machine):
     """With a node above the leaves, and changes at the border of two leaves."""
 
-    leaves = 2
+    regions = DEEP
+    count = 2
+    undoes = packs = True
 
 
 class ZEOMachine(Machine):
     kind = "zeo"
+    undoes = packs = True
 
 
-class ZEOCacheMachine(Machine):
+class ZEOCacheMachine(ZEOMachine):
     kind = "zeo-cache"
 
 
-MACHINES = [FileStorageMachine, BloblessMachine, MappingMachine, DeepMachine, ZEOMachine, ZEOCacheMachine]
+class ProcessMachine(ZEOMachine):
+    """One of the connections is in a process of its own."""
+
+
+class ProcessCacheMachine(ZEOCacheMachine):
+    """The same, with caches of blobs."""
+
+
+MACHINES = [
+    FileStorageMachine,
+    BloblessMachine,
+    MappingMachine,
+    DemoMachine,
+    DeepMachine,
+    ZEOMachine,
+    ZEOCacheMachine,
+    ProcessMachine,
+    ProcessCacheMachine,
+]
 
 
 def run(machine, request, options):
     from hypothesis.stateful import run_state_machine_as_test
 
     machine.servers = request
-    run_state_machine_as_test(machine, settings=options)
+    with contextlib.ExitStack() as stack:
+        if machine in (ProcessMachine, ProcessCacheMachine):
+            uri = request.getfixturevalue("zeo_server" if machine.kind == "zeo" else "zeo_cache_server")
+            machine.remote = stack.enter_context(contextlib.closing(RemoteActors(uri)))
+        run_state_machine_as_test(machine, settings=options)
 
 
 @pytest.mark.parametrize("machine", MACHINES)
 def test_machine(machine, request):
-    run(machine, request, QUICK)
+    run(machine, request, settings(QUICK, max_examples=4) if machine is DeepMachine else QUICK)
 
 
 @pytest.mark.slow

@@ -94,3 +94,17 @@ def test_an_array_cannot_be_copied_by_copy(stored):
         with pytest.raises(dz.CopyError, match="assign"):
             make(stored[1])
     assert np.all(stored[1][:] == 3)
+
+
+def test_a_savepoint_right_after_an_abort_knows_what_a_kept_view_was_given(stored):
+    """Asking for it makes a transaction that no synchronizer is told of."""
+    conn, A = stored
+    view = A[:]
+    conn.transaction_manager.abort()
+    view[5] = 2
+    savepoint = conn.transaction_manager.savepoint()
+    view[6] = 4
+    savepoint.rollback()
+    assert view[5:7].tolist() == [2, 3]
+    conn.transaction_manager.commit()
+    assert A[5:7].tolist() == [2, 3]

@@ -16,7 +16,7 @@ from distributed.protocol import deserialize, serialize
 import dask_zbig as dz
 from dask_zbig.cluster import residency, worker
 from dask_zbig.cluster.chunk import Chunk, open_chunk
-from dask_zbig.cluster.source import ArraySource, origin_of
+from dask_zbig.cluster.snapshot import ArraySource, origin_of
 from dask_zbig.errors import LoadError, SnapshotError
 
 ROWS, COLUMNS = 400, 1000  # 3.2 MB: more than a block, and not a whole number of them

@@ -217,10 +217,11 @@ def test_writing_like_a_bytearray(writes):
     expected = bytearray(SIZE)
     extents = ex.empty()
     for lo, hi, segment, offset in writes:
-        lo, hi = max(lo, 0), min(hi, SIZE)
+        lo = max(lo, 0)
+        hi = max(lo, min(hi, SIZE))
         if segment == SEGMENTS:
             extents = ex.cut(extents, lo, hi)
-            expected[lo:hi] = bytes(max(hi - lo, 0))
+            expected[lo:hi] = bytes(hi - lo)
         elif lo < hi:
             extents = ex.coalesce(ex.splice(extents, ex.make([(lo, hi, segment, offset)])))
             expected[lo:hi] = segments[segment, offset : offset + hi - lo].tobytes()

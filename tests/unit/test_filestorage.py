@@ -97,3 +97,22 @@ def test_a_lost_data_file_does_not_take_the_blobs_with_it(tmp_path, opened):
     path.unlink()
     opened(path).close()
     assert list((tmp_path / "x.fs.blobs").rglob("*.blob"))
+
+
+def test_no_oid_is_given_twice(tmp_path, opened):
+    """Also if its object was packed away since, and the database opened again: clients may know that one still."""
+    path = tmp_path / "x.fs"
+    db = opened(path)
+    put_blob(db, "b", b"first")
+    with db.transaction() as conn:
+        first = conn.root()["b"]._p_oid
+        del conn.root()["b"]
+    db.pack(time.time() + 1)
+    mode = stat.S_IMODE(os.stat(str(path) + ".oid").st_mode)
+    db.close()
+    db = opened(path)
+    put_blob(db, "b", b"second")
+    with db.transaction() as conn:
+        assert conn.root()["b"]._p_oid > first
+    assert mode == 0o600
+    assert get_blob(db, "b") == b"second"

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dask_zbig.memory.plan import MIN_DIRECT, PAGE, Piece, plan
+from dask_zbig.memory.plan import BLOCK, MIN_DIRECT, PAGE, Piece, batches, plan
 from dask_zbig.storage import extents as ex
 
 PAGES = 64
@@ -23,9 +23,6 @@ class Fake:
 
     def local(self):
         return True
-
-    def fileno(self):
-        return 1000 if self.in_file else None
 
     def read(self, offset, size):
         assert offset + size <= self.length
@@ -96,6 +93,45 @@ def test_plan_of_a_part(layout, first, count):
     part = ex.clip(extents, lo, hi)
     got, wanted = shown(plan(part, sources, lo, hi), part, sources, lo, hi)
     np.testing.assert_array_equal(got, wanted)
+
+
+def spread(draw):
+    """A plan of some blocks in which anything may lie beside anything."""
+    pieces, at, blocks = [], 0, draw(st.integers(1, 6))
+    for index in range(draw(st.integers(0, 40))):
+        stop = min(at + draw(st.integers(1, 1000)) * PAGE, blocks * BLOCK)
+        kind = draw(st.sampled_from(["hole", "direct", "direct", "compose"]))
+        pieces.append(Piece(at, stop, kind, *((index, 7 * PAGE) if kind == "direct" else ())))
+        at = stop
+        if at == blocks * BLOCK:
+            break
+    if at < blocks * BLOCK:
+        pieces.append(Piece(at, blocks * BLOCK, "hole"))
+    return pieces, blocks * BLOCK
+
+
+@given(st.composite(spread)(), st.integers(1, 8))
+def test_batches_are_the_plan_in_parts(plan_and_end, most):
+    pieces, end = plan_and_end
+    at, seen = 0, []
+    for lo, hi, some in batches(pieces, 0, end, most):
+        assert lo == at < hi
+        assert hi % BLOCK == 0
+        assert some[0].start == lo
+        assert some[-1].stop == hi
+        assert sum(p.kind == "direct" for p in some) <= most or hi - lo == BLOCK
+        seen += some
+        at = hi
+    assert at == end
+
+    def pages(parts):
+        return [
+            (p.kind, p.source, p.offset + at - p.start if p.kind == "direct" else 0)
+            for p in parts
+            for at in range(p.start, p.stop, PAGE)
+        ]
+
+    assert pages(seen) == pages(pieces)
 
 
 def test_nothing_is_one_hole():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
+import resource
 import threading
 
 import pytest
@@ -13,6 +15,7 @@ from persistent import Persistent
 from ZODB.blob import Blob
 
 import dask_zbig as dz
+from dask_zbig.descriptors import KEPT, close_unused
 from dask_zbig.errors import LoadError
 from dask_zbig.storage.segment import (
     BytesSource,
@@ -22,6 +25,8 @@ from dask_zbig.storage.segment import (
     checksum,
     reader,
 )
+
+from tests.conftest import open_clients  # isort: skip
 
 DATA = os.urandom(10_000)
 
@@ -77,7 +82,8 @@ def test_read(db, make):
     assert source.local()
     assert source.length == len(DATA)
     assert source.read(10, 20) == DATA[10:30]
-    assert (source.fileno() is None) == (make is inline)
+    assert source.in_file == (make is not inline)
+    assert (source.descriptor() is None) == (make is inline)
     assert str(len(DATA)) in repr(source)
     source.recheck()
 
@@ -87,7 +93,7 @@ def test_one_source_while_anybody_uses_it(db):
     ref = ref_to(Blob(), oid)
     one = reader(db).source(ref)
     assert reader(db).source(ref) is one
-    fd = one.fileno()
+    fd = one.descriptor().fd
     del one
     gc.collect()
     with pytest.raises(OSError):
@@ -121,7 +127,7 @@ def test_blob_of_another_length(db):
 def test_blob_truncated_under_us(db):
     oid = stored(db, blob())
     source = reader(db).source(ref_to(Blob(), oid))
-    path = os.readlink(f"/proc/self/fd/{source.fileno()}")
+    path = os.readlink(f"/proc/self/fd/{source.descriptor().fd}")
     os.chmod(path, 0o600)
     os.truncate(path, 100)
     assert source.read(0, 100) == DATA[:100]
@@ -135,7 +141,7 @@ def test_blob_missing(db):
     oid = stored(db, blob())
     ref = ref_to(Blob(), oid)
     source = reader(db).source(ref)
-    os.unlink(os.readlink(f"/proc/self/fd/{source.fileno()}"))
+    os.unlink(os.readlink(f"/proc/self/fd/{source.descriptor().fd}"))
     assert source.read(0, 10) == DATA[:10]  # who has it open does not mind
     del source
     gc.collect()
@@ -178,17 +184,17 @@ def test_a_database_without_blobs():
 
 def test_sources_that_are_at_hand(tmp_path):
     source = BytesSource(b"hello")
-    assert (source.length, source.local(), source.fileno(), source.read(1, 3)) == (5, True, None, b"ell")
+    assert (source.length, source.local(), source.descriptor(), source.read(1, 3)) == (5, True, None, b"ell")
     path = tmp_path / "f"
     path.write_bytes(DATA)
     source = FileSource(str(path))
-    fd = source.fileno()
-    path.unlink()
+    fd = source.descriptor().fd
     assert (source.length, source.local(), source.read(100, 3)) == (len(DATA), True, DATA[100:103])
     with pytest.raises(LoadError, match="ends 1 bytes before"):
         source.read(len(DATA) - 1, 2)
     del source
     gc.collect()
+    assert not path.exists()
     with pytest.raises(OSError):
         os.fstat(fd)
     with pytest.raises(LoadError):
@@ -196,6 +202,80 @@ def test_sources_that_are_at_hand(tmp_path):
     os.symlink(__file__, path)
     with pytest.raises(LoadError):
         FileSource(str(path))
+
+
+def test_a_file_that_is_not_used_is_not_open(tmp_path):
+    path = tmp_path / "f"
+    path.write_bytes(DATA)
+    source = FileSource(str(path))
+    used = source.descriptor()
+    close_unused()
+    assert os.fstat(used.fd).st_size == len(DATA)  # somebody uses it
+    assert source.descriptor() is used
+    fd = used.fd
+    del used
+    close_unused()
+    with pytest.raises(OSError):
+        os.fstat(fd)
+    assert source.read(7, 5) == DATA[7:12]
+    close_unused()
+    path.rename(tmp_path / "g")
+    path.write_bytes(DATA)
+    with pytest.raises(LoadError, match="not the file that it was"):
+        source.read(7, 5)
+
+
+def test_few_files_stay_open(tmp_path):
+    sources = []
+    before = len(os.listdir("/proc/self/fd"))
+    for k in range(3 * KEPT):
+        (tmp_path / str(k)).write_bytes(bytes([k]) * 10)
+        sources.append(FileSource(str(tmp_path / str(k))))
+    assert len(os.listdir("/proc/self/fd")) <= before + KEPT
+    assert [s.read(3, 1)[0] for s in sources] == list(range(3 * KEPT))
+    assert len(os.listdir("/proc/self/fd")) <= before + KEPT
+
+
+def test_when_all_descriptors_are_taken(tmp_path):
+    (tmp_path / "f").write_bytes(DATA)
+    (tmp_path / "g").write_bytes(DATA)
+    one, other = FileSource(str(tmp_path / "f")), FileSource(str(tmp_path / "g"))
+    close_unused()
+    assert one.read(0, 9) == DATA[:9]
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = one.descriptor().fd
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 1, limits[1]))
+    taken = []
+    try:
+        with contextlib.suppress(OSError):  # there are none left
+            while True:
+                taken.append(os.dup(highest))
+        assert other.read(0, 9) == DATA[:9]  # what was open, but not used, made room
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for fd in taken:
+            os.close(fd)
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_that_is_given_away_is_still_read(tmp_path, monkeypatch, links):
+    if not links:
+
+        def refuse(src, dst):
+            raise PermissionError("a file system without hard links")
+
+        monkeypatch.setattr(os, "link", refuse)
+    path = tmp_path / "f"
+    path.write_bytes(DATA)
+    source = FileSource(str(path))
+    source.give(lambda p: os.rename(p, tmp_path / "taken"))
+    for _ in range(2):
+        assert source.read(10, 10) == DATA[10:20]
+        close_unused()
+    assert not path.exists()
+    del source
+    gc.collect()
+    assert os.listdir(tmp_path) == ["taken"]
 
 
 @pytest.fixture
@@ -242,3 +322,26 @@ def test_reader_is_of_one_database(db):
     assert reader(other) is not reader(db)
     other.close()
     transaction.abort()
+
+
+@pytest.mark.parametrize("make", [blob, inline])
+@pytest.mark.parametrize("kind", ["filestorage", "zeo", "zeo-cache"])
+def test_an_oid_that_was_given_to_another_segment(tmp_path, request, kind, make):
+    """As some storages do after a pack and a restart, while a client still uses the old one."""
+    with open_clients(kind, str(tmp_path), request) as clients:
+        other = bytes(reversed(DATA))
+        segments = reader(clients.db)
+        oid = stored(clients.db, make())
+        old = segments.source(ref_to(make(), oid))
+        assert old.read(0, 100) == DATA[:100]
+        with clients.db.transaction() as connection:
+            segment = connection.root()["x"]
+            if make is blob:
+                with segment.open("w") as file:
+                    file.write(other)
+            else:
+                segment.data = other
+        clients.db.pack()
+        new = segments.source(ref_to(make(), oid, other))
+        assert new.read(0, 100) == other[:100]
+        assert old.read(0, 100) == DATA[:100]

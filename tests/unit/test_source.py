@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import itertools
 import math
 import os
@@ -20,13 +21,15 @@ import ZODB
 from dask.base import tokenize
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from persistent.TimeStamp import TimeStamp
 from ZODB.MappingStorage import MappingStorage
 
 import dask_zbig as dz
 from dask_zbig import database
 from dask_zbig.cluster import chunk as chunk_module
-from dask_zbig.cluster.source import ArraySource, _chunks, from_zbigarray, origin_of
-from dask_zbig.errors import ClosedError, IndexingError, NotStoredError, UncommittedChangesError
+from dask_zbig.cluster.snapshot import ArraySource, origin_of
+from dask_zbig.cluster.source import _chunks, from_zbigarray
+from dask_zbig.errors import ClosedError, IndexingError, NotStoredError, SnapshotError, UncommittedChangesError
 
 MIB = 1 << 20
 
@@ -307,6 +310,101 @@ def test_a_historical_connection(connection, array):
     past.close()
 
 
+def test_the_past(connection, array):
+    """`at=`: a transaction's id or its time, in whatever form."""
+    db = connection.db()
+    first, old = bytes(db.lastTransaction()), array[:].copy()
+    array.resize((5, 50, 4))
+    array[:] = 1
+    connection.transaction_manager.commit()
+    second = bytes(db.lastTransaction())
+    array[:] = 2  # whatever has not been committed does not matter
+    utc = datetime.timezone.utc
+    for tid, expected in [(first, old), (second, np.ones((5, 50, 4)))]:
+        seconds = TimeStamp(tid).timeTime()
+        moment = datetime.datetime.fromtimestamp(seconds, utc)
+        zone = datetime.timezone(datetime.timedelta(hours=5))
+        local = moment.astimezone(zone)
+        for at in (tid, TimeStamp(tid), seconds, np.float64(seconds), moment, moment.replace(tzinfo=None), local):
+            x = from_zbigarray(array, at=at)
+            assert x.shape == expected.shape
+            assert np.array_equal(x.compute(), expected)
+    assert from_zbigarray(array, at=first).name == from_zbigarray(array, at=first).name
+    assert from_zbigarray(array, at=first).name != from_zbigarray(array, at=second).name
+
+
+@pytest.mark.parametrize("at", [b"short", "yesterday", True, float("nan"), 1e30, 10**400, object()], ids=repr)
+def test_what_is_no_time(array, at):
+    with pytest.raises(SnapshotError):
+        from_zbigarray(array, at=at)
+
+
+def test_before_the_array_was_made(connection, array):
+    stored(connection, 10, name="B")
+    with pytest.raises(SnapshotError, match="made later"):
+        from_zbigarray(connection.root()["B"], at=array._p_serial)
+
+
+def test_the_future(connection, array):
+    with pytest.raises(SnapshotError, match="in the future: the last transaction is"):
+        from_zbigarray(array, at=time.time() + 3600)
+    assert from_zbigarray(array, at=time.time()).name == from_zbigarray(array).name
+
+
+def test_seconds_of_any_type(array):
+    soon = math.ceil(time.time())
+    while time.time() < soon:  # whole seconds, that are not in the future
+        pass
+    assert from_zbigarray(array, at=np.int64(soon)).name == from_zbigarray(array).name
+
+
+def test_a_uri_that_is_none(array):
+    with pytest.raises(dz.DatabaseURIError, match="'nonsense'"):
+        from_zbigarray(array, uri="nonsense://x")
+
+
+def test_by_uri_and_path(tmp_path):
+    """Databases that are open here, and those that are not."""
+    uri = f"file://{tmp_path}/x.fs"
+    db = dz.open(uri)
+    conn = db.open()
+    conn.root()["group"] = {"deep": {}}
+    conn.root()["group"]["deep"]["A"] = A = dz.ZBigArray((10, 3), "i4", "F")
+    A[...] = np.arange(30).reshape(10, 3)
+    conn.transaction_manager.commit()
+    for where in (uri, f"{tmp_path}/x.fs"):
+        x = from_zbigarray(where, "group/deep/A", (5, 3))
+        assert np.array_equal(x.compute(), A)
+        assert x.name == from_zbigarray(A, (5, 3)).name
+    before = db.lastTransaction()
+    A[...] = 0
+    conn.transaction_manager.commit()
+    assert from_zbigarray(uri, "/group/deep/A/").sum().compute() == 0
+    assert from_zbigarray(uri, "group/deep/A", at=before).sum().compute() == 435
+    for path, error in [("group/B", "'group/B'"), ("group", "no ZBigArray"), ("group/deep/A/x", "'group/deep/A/x'")]:
+        with pytest.raises(NotStoredError, match=error):
+            from_zbigarray(uri, path)
+    for path in ("", "/", 5):
+        with pytest.raises(TypeError, match="path"):
+            from_zbigarray(uri, path)
+    conn.close()
+    db.close()
+    assert from_zbigarray(uri, "group/deep/A", at=before).sum().compute() == 435  # opened for it
+    with pytest.raises(dz.DatabaseURIError):
+        from_zbigarray("nonsense://x", "A")
+    with pytest.raises(dz.DatabaseUnavailableError):
+        from_zbigarray(f"zeo://{tmp_path}/nothing.sock?wait_timeout=1", "A")
+    database.database(database.locate(uri)).close()
+
+
+def test_a_uri_for_the_workers(array):
+    x = from_zbigarray(array, uri="zeo://elsewhere:8100")
+    assert b"zeo://elsewhere:8100" in cloudpickle.dumps(x)
+    with pytest.raises(dz.DatabaseURIError, match="secret") as info:
+        from_zbigarray(array, uri="zeo://elsewhere:8100?password=sesame")
+    assert "sesame" not in str(info.value)
+
+
 def test_reading_and_writing_one_array_in_one_graph(connection, array):
     data = array[:].copy()
     dz.to_zbigarray(from_zbigarray(array, chunks=(20, 50, 4))[::-1], array)
@@ -437,3 +535,21 @@ def test_array_expressions(tmp_path):
         timeout=60,
     )
     assert (done.stdout, done.returncode) == ("fine\n", 0), done.stderr
+
+
+def test_a_snapshot_of_which_only_the_data_were_packed_away(connection):
+    array = stored(connection, 10_000)
+    array[:] = 1
+    connection.transaction_manager.commit()
+    x = from_zbigarray(array)
+    array[:] = 2
+    connection.transaction_manager.commit()
+    connection.db().pack()
+    with pytest.raises(SnapshotError, match="packed away"):
+        x.compute()
+
+
+def test_a_path_where_there_is_nothing(tmp_path):
+    with pytest.raises(dz.DatabaseUnavailableError, match="there is no database"):
+        from_zbigarray(str(tmp_path / "typo.fs"), "A")
+    assert list(tmp_path.iterdir()) == []

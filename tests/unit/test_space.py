@@ -6,6 +6,7 @@ import contextlib
 import faulthandler
 import gc
 import os
+import shutil
 import tempfile
 import threading
 import time
@@ -17,6 +18,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from dask_zbig import tempfiles
 from dask_zbig.errors import ClosedError, ForkError, LoadError, ScratchError, WindowError
 from dask_zbig.memory._native import BLOCK, PAGE, counters
 from dask_zbig.memory.cache import CacheFile
@@ -84,8 +86,19 @@ def written(generation, length):
 def directory(tmp_path):
     """A directory that the test leaves as it was, but for the base file."""
     yield str(tmp_path)
-    gc.collect()
+    all_gone(tmp_path)
     assert set(os.listdir(tmp_path)) <= {"base"}
+
+
+def all_gone(directory):
+    """Wait for the end of spaces that nobody refers to. A loader may for a moment, though it has done its work."""
+    gc.collect()
+    deadline = time.monotonic() + 10
+    while any(name.endswith(".lock") for name in os.listdir(directory)):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    with tempfiles._own.guard:
+        pass  # until the lock's descriptor is closed, too
 
 
 def remove(paths):
@@ -102,7 +115,7 @@ def test_read_faults_ask_the_service_once_a_block(directory):
     assert service.served == []
     assert bytes(view[: len(DATA)]) == DATA
     assert not view[len(DATA) :].any()
-    assert service.served == [(k * BLOCK, (k + 1) * BLOCK) for k in range(4)]
+    assert sorted(service.served) == [(k * BLOCK, (k + 1) * BLOCK) for k in range(4)]  # (memcpy may start at the end)
 
 
 def test_eager_fill_takes_no_fault(directory):
@@ -171,7 +184,8 @@ def test_write_freeze_and_write_again(directory):
     assert space.dirty_pages >= 2
     one = space.freeze()
     assert space.dirty_pages == 0
-    assert sorted(one.files) == sorted(os.path.join(directory, n) for n in os.listdir(directory) if n != "base")
+    files = [n for n in os.listdir(directory) if n.startswith("zbig")]
+    assert sorted(one.files) == sorted(os.path.join(directory, n) for n in files)
     content = dict(written(one, 4 * BLOCK))
     assert content[0][:10] == DATA[:5] + b"\1" + DATA[6:10]
     assert content[3 * BLOCK][0] == 2
@@ -361,7 +375,7 @@ def test_no_directory_for_scratch(tmp_path):
     service = Fake(str(tmp_path), DATA)
     os.mkdir(tmp_path / "gone")
     service.space.move_scratch(str(tmp_path / "gone"))
-    os.rmdir(tmp_path / "gone")
+    shutil.rmtree(tmp_path / "gone")
     view = whole(service.space.window(0, BLOCK), BLOCK)
     raises_soon(ScratchError, lambda: view.__setitem__(0, 1))
     assert service.space.error
@@ -457,11 +471,11 @@ def test_descriptors_do_not_leak(directory):
         assert view[1] == DATA[1]
 
     use()
-    gc.collect()
+    all_gone(directory)
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(5):
         use()
-    gc.collect()
+    all_gone(directory)
     assert len(os.listdir("/proc/self/fd")) == before
 
 
@@ -551,7 +565,7 @@ class SpaceMachine(RuleBasedStateMachine):
     @invariant()
     def scratch_only_while_dirty(self):
         if hasattr(self, "space") and not self.space.dirty_pages:
-            assert os.listdir(self.directory.name) == ["base"]
+            assert [n for n in os.listdir(self.directory.name) if n.startswith("zbig")] == []
 
     def teardown(self):
         if hasattr(self, "space"):

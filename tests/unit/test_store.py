@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import time
 
 import dask
 import dask.array as da
@@ -370,14 +371,16 @@ def test_pack_between_staging_and_publishing_loses_nothing(connection):
     other.close()
 
 
-def test_a_lease_that_ran_out_before_publishing(connection):
-    """Its data may have been packed away: never publish that."""
+def test_a_lease_that_ran_out_before_publishing(connection, monkeypatch):
+    """As when the client was suspended. Its data may have been packed away: never publish that."""
     array = stored(connection, np.zeros(100000))
-    with dask.config.set({"zbig.lease-seconds": "1 ms"}):
+    with dask.config.set({"zbig.lease-seconds": "1 s"}), monkeypatch.context() as patch:
+        patch.setattr("dask_zbig.cluster.renewal._keep", lambda job, stopped: None)
         result = to_zbigarray(da.ones(100000, chunks=30000), array)
     other = second(connection)
+    assert [job.id for job in collect(dz.database.location(connection.db()), now=time.time() + 2)] == [result.job_id]
     twin = stored(other, np.zeros(10), name="B")
-    to_zbigarray(da.ones(10), twin)  # collects
+    to_zbigarray(da.ones(10), twin)
     assert result.job_id not in jobs(connection)
     other.transaction_manager.commit()
     connection.db().pack()
@@ -403,7 +406,7 @@ def test_a_lease_that_runs_out_in_the_middle_of_the_commit(connection):
             return "\x00"
 
         def tpc_begin(self, transaction):
-            assert collect(location, now=1e12) == [result.job_id]
+            assert [job.id for job in collect(location, now=1e12)] == [result.job_id]
 
     connection.transaction_manager.get().join(Late())
     with pytest.raises(ConflictError):
@@ -433,6 +436,8 @@ def test_conflicts(connection):
         array[1999] = 1
         connection.transaction_manager.commit()
     assert save.result is None
+    assert len(jobs(connection)) == 1  # what was staged can still be saved
+    save.discard()
     assert jobs(connection) == []
     if isinstance(connection.db().storage, MappingStorage):  # it resolves no conflicts
         return
