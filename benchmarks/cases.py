@@ -64,6 +64,57 @@ def zbig_write(path: str, mib: int) -> dict[str, Any]:
     return {"seconds": seconds, "sync": synced, "write_faults": faults}
 
 
+def plain_write(path: str, mib: int) -> dict[str, Any]:
+    """What the disk does: write(2) of the source in pieces of 2 MiB; fsync after every 64 MiB."""
+    source, synced = memoryview(_source()).cast("B"), 0.0
+    start = time.perf_counter()
+    with open(os.path.join(path, "plain"), "wb", buffering=0) as file:
+        for _ in range(0, mib << 20, STEP):
+            for at in range(0, STEP, 2 << 20):
+                file.write(source[at : at + (2 << 20)])
+            t = time.perf_counter()
+            os.fsync(file.fileno())
+            synced += time.perf_counter() - t
+    return {"seconds": time.perf_counter() - start, "sync": synced}
+
+
+def _assigning(
+    path: str, mib: int, name: str, rows: int, put: Callable[[Any, int, np.ndarray], None]
+) -> dict[str, Any]:
+    source = _source()
+    db = dz.open(os.path.join(path, f"{name}.fs"))
+    connection = db.open()
+    connection.root()["A"] = array = dz.ZBigArray(rows)
+    transaction.commit()
+    start, synced = time.perf_counter(), 0.0
+    for i in range(0, mib << 17, len(source)):
+        put(array, i, source)
+        t = time.perf_counter()
+        transaction.commit()
+        synced += time.perf_counter() - t
+    seconds = time.perf_counter() - start
+    faults = counters()["write_faults"]
+    total = float(array.sum())
+    assert abs(total / _expected(mib) - 1) < 1e-9, total
+    connection.close()
+    db.close()
+    return {"seconds": seconds, "sync": synced, "write_faults": faults}
+
+
+def zbig_assign(path: str, mib: int) -> dict[str, Any]:
+    """``A[i:j] = x``; commit after every 64 MiB."""
+
+    def put(array: Any, at: int, source: np.ndarray) -> None:
+        array[at : at + len(source)] = source
+
+    return _assigning(path, mib, "assign", mib << 17, put)
+
+
+def zbig_grow(path: str, mib: int) -> dict[str, Any]:
+    """``A.append(x)``, of 64 MiB each; commit after each."""
+    return _assigning(path, mib, "grow", 0, lambda array, _, source: array.append(source))
+
+
 def memmap_read(path: str, mib: int) -> dict[str, Any]:
     """Open in a fresh process, sum."""
     start = time.perf_counter()
@@ -149,7 +200,11 @@ def zbig_sparse(path: str, mib: int) -> dict[str, Any]:
 
 
 SIDES: dict[str, Callable[[str, int], dict[str, Any]]] = {
-    f.__name__: f for f in (memmap_write, zbig_write, memmap_read, zbig_read, memmap_append, zbig_append, zbig_sparse)
+    f.__name__: f
+    for f in (
+        *(memmap_write, plain_write, zbig_write, zbig_assign, zbig_grow),
+        *(memmap_read, zbig_read, memmap_append, zbig_append, zbig_sparse),
+    )
 }
 
 if __name__ == "__main__":
