@@ -1,7 +1,7 @@
 """Whatever dies, wherever it is: a cluster's save is there as a whole or not at all, once, and leaves nothing behind.
 
 Each run is one save of four arrays by real processes: a server, a client, two Dask workers, over a network that can
-fail; `tests.faults` says what can happen, and `Site.run` what is checked after it. Readers look at every snapshot.
+fail; `tests.faults` says what can happen, `tests.faultsite` what is checked after it. Readers look at every snapshot.
 
 By default some of the most telling faults are tried. The marker ``stress`` runs the whole matrix, and
 ZBIG_FAULT_RUNS (15) runs with faults at random.
@@ -16,7 +16,9 @@ import pytest
 from ZODB.blob import Blob
 
 from tests import saver  # isort: skip
-from tests.faults import Fault, Site, Trouble, a_run  # isort: skip
+from tests.faults import Fault, a_run  # isort: skip
+from tests.faultsite import Site  # isort: skip
+from tests.proxy import Trouble  # isort: skip
 from tests.steps import CLIENT, SERVER, WORKER  # isort: skip
 
 RUNS = int(os.environ.get("ZBIG_FAULT_RUNS", "15"))
