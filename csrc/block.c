@@ -88,6 +88,8 @@ int zb_fill(zb_window *w, uint64_t epoch, uint64_t lo, uint64_t hi, const zb_pie
         r = -ESTALE;
         goto out;
     }
+    for (size_t k = 0; k < n; k++)
+        if (pieces[k].fd == zb_g.poison_fd) s->poisonings++;
     cursor c = {pieces, n, 0};
     for (uint64_t b = (lo - w->start) / ZB_BLOCK, end = (hi - w->start) / ZB_BLOCK; b < end && !r;) {
         if (!zb_unfilled(w->table[b])) {
@@ -156,6 +158,15 @@ static uint64_t scan(zb_window *w, uint64_t lo, uint64_t hi, bool want_unfilled)
     while (b < end && b < w->blocks && zb_unfilled(w->table[b]) != want_unfilled) b++;
     zb_unlock(&w->space->lock);
     return w->start + b * ZB_BLOCK;
+}
+
+int zb_lost(zb_window *w, int error)
+{
+    zb_lock(&w->space->lock);
+    bool done = !w->space->forked && (w->drowned || zb_drown(w, error));
+    zb_unlock(&w->space->lock);
+    zb_wake(w->space);
+    return done ? 0 : -ENOMEM;
 }
 
 uint64_t zb_absent(zb_window *w, uint64_t lo, uint64_t hi)

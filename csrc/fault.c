@@ -7,6 +7,8 @@
  * that the previous handler raised again is pending when it returns: then it wants the default action. */
 #include "internal.h"
 
+#include <sys/uio.h>
+#include <ucontext.h>
 #include <wchar.h>
 
 static struct sigaction previous[2][2]; /* [SEGV, BUS][generation & 1]: replaced while a handler may read it */
@@ -78,11 +80,50 @@ ZB_IN_HANDLER static uint64_t now(void)
     return (uint64_t)t.tv_sec * 1000 + (uint64_t)t.tv_nsec / 1000000;
 }
 
+/* Ctrl-C is for the main thread, which notices it between two instructions of Python: not while it sleeps here. So
+ * there SIGINT is let through meanwhile (if it was before), and when it came nothing is waited for any more: what is
+ * asked for reads as 0xFF, and so does what the same loop touches next, until there was nothing for some time. */
+#define INTERRUPTED_FOR 200u /* milliseconds */
+ZB_TLS uint64_t tls_interrupted; /* until then; 0: not */
+
+ZB_IN_HANDLER static bool interrupted(void)
+{
+    if (!tls_interrupted) return false;
+    uint64_t t = now();
+    tls_interrupted = t < tls_interrupted ? t + INTERRUPTED_FOR : 0;
+    return tls_interrupted != 0;
+}
+
+void zb_wait_again(void)
+{
+    tls_interrupted = 0;
+}
+
+ZB_IN_HANDLER static void sleep_interruptibly(_Atomic uint32_t *word, uint32_t value)
+{
+    sigset_t open_, old;
+    sigemptyset(&open_);
+    sigaddset(&open_, SIGINT);
+    pthread_sigmask(SIG_UNBLOCK, &open_, &old);
+    long r = syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, value, NULL, NULL, 0);
+    if (r && errno == EINTR) tls_interrupted = now() + INTERRUPTED_FOR;
+    pthread_sigmask(SIG_SETMASK, &old, NULL);
+}
+
+ZB_IN_HANDLER static bool may_be_interrupted(const void *ucontext)
+{
+    return getpid() == (pid_t)syscall(SYS_gettid) &&
+           !sigismember(&((const ucontext_t *)ucontext)->uc_sigmask, SIGINT);
+}
+
 /* Sleep until *word is not `value` any more, or it is `deadline`; 0: no deadline. */
-ZB_IN_HANDLER static void sleep_on(_Atomic uint32_t *word, uint32_t value, uint64_t deadline)
+ZB_IN_HANDLER static void sleep_on(_Atomic uint32_t *word, uint32_t value, uint64_t deadline, const void *ucontext)
 {
     if (!deadline) {
-        zb_futex_wait(word, value);
+        if (may_be_interrupted(ucontext))
+            sleep_interruptibly(word, value);
+        else
+            zb_futex_wait(word, value);
         return;
     }
     uint64_t t = now();
@@ -97,11 +138,23 @@ ZB_IN_HANDLER static void sleep_on(_Atomic uint32_t *word, uint32_t value, uint6
 #define SPURIOUS_STILL 10000u
 #define SPURIOUS_LIMIT 1000000u
 
+/* Whether a state that holds the interpreter's lock is of this thread, in a subinterpreter. Another thread's may be
+ * freed meanwhile: so it is read as the kernel would, not touched. */
+ZB_IN_HANDLER static bool is_ours(const void *state)
+{
+    uint64_t ident = 0;
+    struct iovec to = {&ident, sizeof ident};
+    struct iovec from = {(char *)(uintptr_t)state + zb_g.hooks.ident_offset, sizeof ident};
+    return zb_g.hooks.ident_offset &&
+           syscall(SYS_process_vm_readv, getpid(), &to, 1, &from, 1, 0) == (long)sizeof ident &&
+           ident == (uint64_t)pthread_self();
+}
+
 ZB_IN_HANDLER static bool attached(void)
 {
     if (!zb_g.hooks.current) return false;
     void *state = zb_g.hooks.current();
-    return state && (!zb_g.hooks.this_thread || zb_g.hooks.this_thread() == state);
+    return state && (!zb_g.hooks.this_thread || zb_g.hooks.this_thread() == state || is_ours(state));
 }
 
 /* Nobody can load this block any more: 0xFF bytes. */
@@ -145,6 +198,7 @@ ZB_IN_HANDLER static verdict look(zb_space *s, const char *at, const void *ucont
     if (!w) return FOREIGN;
     uint64_t position = w->start + (uint64_t)(at - w->base), b = (uint64_t)(at - w->base) / ZB_BLOCK;
     uint32_t e = w->table[b];
+    if (w->drowned) return spurious(s, at) ? DONE : FOREIGN; /* all of it is mapped */
     if (ZB_SLOT(e) && zb_is_dirty(&s->slots[ZB_SLOT(e) - 1], (unsigned)(position % ZB_BLOCK / ZB_PAGE)))
         return !*bus && spurious(s, at) ? DONE : FOREIGN;
     if (*bus && (ZB_KIND(e) == ZB_CLEAN || ZB_KIND(e) == ZB_HOLE)) {
@@ -164,7 +218,10 @@ ZB_IN_HANDLER static verdict look(zb_space *s, const char *at, const void *ucont
         if (r == 0) return DONE;
         if (r != -EFAULT) {
             int first = zb_overflow(w, position, -r);
-            if (first < 0) return FOREIGN; /* not even that: a crash is what is left */
+            if (first < 0) { /* not even that */
+                first = !w->drowned;
+                if (!zb_drown(w, -r)) return FOREIGN; /* a crash is what is left */
+            }
             ask->want = first ? ZB_WANT_NOTICE : 0;
             ask->position = position;
             ask->error = -r;
@@ -177,6 +234,14 @@ ZB_IN_HANDLER static verdict look(zb_space *s, const char *at, const void *ucont
     bool over = s->closed || atomic_load(&zb_g.shut);
     if (over || late) {
         if (!poison(w, b)) return FOREIGN;
+        if (!over && tls_interrupted) {
+            ask->want = s->spoiled ? 0 : ZB_WANT_NOTICE;
+            ask->position = position;
+            ask->error = EINTR;
+            s->spoiled = true;
+            if (!s->error) s->error = EINTR;
+            return DONE;
+        }
         if (!over) {
             note_spoiled(s, position);
             return DONE;
@@ -198,26 +263,40 @@ ZB_IN_HANDLER static verdict look(zb_space *s, const char *at, const void *ucont
     return LOAD;
 }
 
+ZB_IN_HANDLER static uint64_t position_of(zb_space *s, const char *at)
+{
+    const zb_window *w = zb_find_window(s, at);
+    return w ? w->start + (uint64_t)(at - w->base) : 0;
+}
+
 ZB_IN_HANDLER static bool serve_in(zb_space *s, const char *at, const void *ucontext, bool bus)
 {
     void *state = NULL;
     bool slept = false, hurried = tls_collecting || zb_is_loader();
     uint64_t deadline = hurried ? now() + atomic_load(&patience) : 0;
+    uint32_t poisonings = 0;
     verdict v;
     for (;;) {
         zb_request ask = {.space = s->id, .thread = (uint64_t)pthread_self()};
         zb_lock(&s->lock);
-        v = look(s, at, ucontext, &bus, slept, slept && hurried && now() >= deadline, &ask);
+        v = look(s, at, ucontext, &bus, slept, (slept && hurried && now() >= deadline) || interrupted(), &ask);
+        if (slept && v == DONE && !ask.want && s->poisonings != poisonings) {
+            /* Perhaps what came is 0xFF: whoever asked for it was told, and this thread is to hear of it, too. */
+            ask.want = ZB_WANT_NOTICE;
+            ask.error = EIO;
+            ask.position = position_of(s, at);
+        }
+        poisonings = s->poisonings;
         uint32_t seen = atomic_load_explicit(&s->seq, memory_order_acquire);
         zb_unlock(&s->lock);
         bool tell = ask.want & ZB_WANT_NOTICE;
         /* The loader is Python: it needs the interpreter's lock, which this thread may hold. */
         if ((tell || v == LOAD) && !state && attached()) state = zb_g.hooks.detach();
-        if (tell) zb_request_tell(&ask, !hurried);
+        if (tell) zb_request_tell(&ask, !hurried && !tls_interrupted);
         if (v != LOAD) break;
         if (ask.want & ZB_WANT_FILL) zb_request_put(&ask);
         ZB_COUNT(waits, 1);
-        sleep_on(&s->seq, seen, deadline);
+        sleep_on(&s->seq, seen, deadline, ucontext);
         slept = true;
         bus = false; /* whatever is mapped there now is not what was too short */
     }
@@ -339,6 +418,7 @@ int zb_handlers_off(void)
 
 int zb_handlers(void)
 {
+    zb_wait_again();
     pthread_mutex_lock(&install_lock);
     int r = install(SIGSEGV);
     if (!r) r = install(SIGBUS);

@@ -126,6 +126,7 @@ void zb_runs_free(zb_run *runs)
 int zb_discard(zb_space *s, uint64_t *first, uint64_t *last)
 {
     int r = 0;
+    zb_wait_again();
     zb_lock(&s->lock);
     if (s->forked) {
         zb_unlock(&s->lock);
@@ -147,6 +148,8 @@ int zb_discard(zb_space *s, uint64_t *first, uint64_t *last)
                 int e = zb_block_absent(w, b);
                 if (e && !r) r = e;
             }
+    for (zb_window *w = s->windows; w; w = w->next) zb_dry(w);
+    zb_spare_make();
     end_generation(s, first, last);
     s->error = 0;
     s->spoiled = false;

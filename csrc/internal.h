@@ -81,6 +81,7 @@ struct zb_window {
     uint64_t blocks;
     uint32_t *table;
     uint64_t maps;   /* its share of the count of mappings */
+    bool drowned;    /* one mapping of private zeros, because there were no others to be had: until discarded */
     zb_window *next; /* in the space */
 };
 
@@ -103,6 +104,7 @@ struct zb_space {
     zb_window *windows;
     bool closed, forked;
     bool spoiled; /* 0xFF is shown somewhere that could have been loaded: gone with the generation */
+    uint32_t poisonings; /* fills by zb_poison_fd(): who waited meanwhile is to be told */
     int error;
     zb_space *next; /* of all, under the registry's lock */
 
@@ -191,6 +193,12 @@ ZB_IN_HANDLER int zb_overflow(zb_window *w, uint64_t position, int error); /* 1:
 ZB_IN_HANDLER void zb_slots_free(zb_space *s);
 /* Let every window know that `block`'s dirty pages are in slot number `slotno` (counted from 1; 0: none). */
 ZB_IN_HANDLER void zb_set_slot(zb_space *s, uint64_t block, size_t slotno);
+/* The process has no mapping left, not even for a page: make one, of private memory, of all that the window has. What
+ * it shows is wrong then, and the generation has failed by `error`; but the thread lives to hear of it. */
+ZB_IN_HANDLER bool zb_drown(zb_window *w, int error);
+void zb_dry(zb_window *w);
+/* Mappings that are there to be given up then; made at the start, and again once the generation is discarded. */
+void zb_spare_make(void);
 int zb_adopt_dirty(zb_window *w); /* show what is dirty already in a new window */
 ZB_IN_HANDLER static inline bool zb_is_dirty(const zb_slot *slot, unsigned page)
 {
@@ -210,6 +218,8 @@ void zb_request_shutdown(void);
 
 /* -- fault.c: send the notices of what this thread was shown because it could not wait */
 void zb_tell_spoiled(void);
+/* This thread is back in Python after a Ctrl-C. */
+void zb_wait_again(void);
 
 /* -- arch.c: 1 a write, 0 a read, -1 unknown */
 ZB_IN_HANDLER int zb_is_write(const void *ucontext);

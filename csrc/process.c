@@ -65,6 +65,7 @@ int zb_init(const zb_hooks *hooks)
     if (r) return r;
     r = pthread_atfork(fork_prepare, fork_parent, fork_child);
     if (r) return -r;
+    zb_spare_make();
     zb_g.hooks = *hooks;
     zb_g.initialised = true;
     return 0;

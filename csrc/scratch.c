@@ -54,7 +54,9 @@ ZB_IN_HANDLER static void file_path(const zb_space *s, uint64_t number, char *ou
 ZB_IN_HANDLER static int open_file(zb_space *s, uint64_t number, int flags)
 {
     file_path(s, number, s->path);
-    int fd = (int)syscall(SYS_openat, AT_FDCWD, s->path, O_RDWR | O_CLOEXEC | O_NOFOLLOW | flags, 0600);
+    int fd;
+    do fd = (int)syscall(SYS_openat, AT_FDCWD, s->path, O_RDWR | O_CLOEXEC | O_NOFOLLOW | flags, 0600);
+    while (fd < 0 && errno == EINTR);
     return fd < 0 ? -errno : fd;
 }
 
@@ -288,6 +290,46 @@ ZB_IN_HANDLER int zb_dirty_pages(zb_window *w, uint64_t b, unsigned lo, unsigned
     }
     if (fd != s->fd) close(fd);
     return r;
+}
+
+#define SPARES 32u
+static char *_Atomic spare; /* pages, of which every other one is another mapping */
+
+void zb_spare_make(void)
+{
+    if (atomic_load(&spare)) return;
+    char *p = mmap(NULL, SPARES * ZB_PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (p == MAP_FAILED) return;
+    for (unsigned i = 1; i < SPARES; i += 2) /* (if there are no more, there are less) */
+        if (mprotect(p + i * ZB_PAGE, ZB_PAGE, PROT_READ)) break;
+    char *none = NULL;
+    if (!atomic_compare_exchange_strong(&spare, &none, p)) munmap(p, SPARES * ZB_PAGE);
+}
+
+ZB_IN_HANDLER static void spare_give_up(void)
+{
+    char *p = atomic_exchange(&spare, NULL);
+    if (p) munmap(p + ZB_PAGE, (SPARES - 1) * ZB_PAGE); /* (what is before may be one with a neighbour: no cut there) */
+}
+
+ZB_IN_HANDLER bool zb_drown(zb_window *w, int error)
+{
+    spare_give_up();
+    if (mmap(w->base, w->blocks * ZB_BLOCK, PROT_READ | PROT_WRITE,
+             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0) == MAP_FAILED)
+        return false;
+    w->drowned = true;
+    if (!w->space->error) w->space->error = error;
+    zb_changed(w->space);
+    return true;
+}
+
+void zb_dry(zb_window *w)
+{
+    if (!w->drowned || zb_map_none(w->base, w->blocks * ZB_BLOCK)) return;
+    w->drowned = false;
+    for (uint64_t b = 0; b < w->blocks; b++)
+        if (w->table[b] != ZB_ABSENT) w->table[b] = ZB_ABSENT; /* (a large table is mostly untouched memory) */
 }
 
 /* The scratch cannot take the page: let the write go to private memory, so that the thread lives to hear of it.

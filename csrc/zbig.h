@@ -49,6 +49,8 @@ typedef struct zb_window zb_window;
 typedef struct {
     void *(*current)(void);     /**< the attached thread state or NULL; must be async-signal-safe */
     void *(*this_thread)(void); /**< if not NULL: attached means current() == this_thread() (CPython < 3.12) */
+    size_t ident_offset;        /**< if not 0: where in a thread state its pthread_self() is. With this_thread, for in
+                                     a subinterpreter that has another state than current() */
     void *(*detach)(void);      /**< give the lock up; returns what attach() wants back */
     void (*attach)(void *);     /**< take it again */
 } zb_hooks;
@@ -69,7 +71,8 @@ typedef struct {
 enum {
     ZB_WANT_FILL = 1,   /**< a thread sleeps on this block: answer with zb_fill() */
     ZB_WANT_CHECK = 2,  /**< with FILL: the file mapped there was too short; look before you fill again */
-    ZB_WANT_NOTICE = 4, /**< `error` happened to `thread` in this space: tell it, then zb_request_told() */
+    ZB_WANT_NOTICE = 4, /**< `error` happened to `thread` in this space: tell it, then zb_request_told(). EIO: it has
+                             waited, and perhaps zb_poison_fd() was filled in there: only the loader knows */
 };
 
 /** What a faulting thread wants of the loader. */
@@ -149,6 +152,9 @@ ZB_API void zb_window_free(zb_window *w);
  *  -ESTALE if the epoch is not `epoch`. On another error what was mapped is kept, the rest stays absent. After any
  *  error the threads that wait for blocks of the range ask for them again. */
 ZB_API int zb_fill(zb_window *w, uint64_t epoch, uint64_t lo, uint64_t hi, const zb_piece *pieces, size_t n);
+/** Nothing of the window can be mapped any more, not even zb_poison_fd(), for want of mappings: show zeros in all of
+ *  it, have the generation fail by `error` (positive errno) until zb_discard(), and wake who waits. */
+ZB_API int zb_lost(zb_window *w, int error);
 /** Show the same bytes from elsewhere: in every window, the pages of `pieces` that are filled and not dirty. */
 ZB_API int zb_remap(zb_space *s, const zb_piece *pieces, size_t n);
 /** The first absent or filling block of [lo, hi), as a position, or `hi` (rounded up to a block). */
@@ -192,6 +198,8 @@ ZB_API void zb_request_told(const zb_request *r);
  *  that is shown. At the end (of a loader: in zb_request_next) a NOTICE is sent, one a space, that needs no answer:
  *  whoever gets it drops all of that space, so that nobody else is shown those bytes. */
 ZB_API void zb_collecting(const wchar_t *phase, const void *info);
+/* (The main thread does not wait on after a SIGINT, either: then 0xFF bytes are shown, the generation has failed
+ *  (EINTR) until zb_discard(), which drops all that is shown, and a NOTICE is sent, one a generation.) */
 /** Set that time, for the process. At first it is 5000. */
 ZB_API void zb_patience(uint32_t milliseconds);
 

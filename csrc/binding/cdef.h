@@ -12,6 +12,7 @@ typedef struct zb_window zb_window;
 typedef struct {
     void *(*current)(void);
     void *(*this_thread)(void);
+    size_t ident_offset;
     void *(*detach)(void);
     void (*attach)(void *);
 } zb_hooks;
@@ -58,6 +59,7 @@ int zb_window_new(zb_window **out, zb_space *s, uint64_t start, uint64_t length)
 char *zb_window_base(zb_window *w);
 void zb_window_free(zb_window *w);
 int zb_fill(zb_window *w, uint64_t epoch, uint64_t lo, uint64_t hi, const zb_piece *pieces, size_t n);
+int zb_lost(zb_window *w, int error);
 int zb_remap(zb_space *s, const zb_piece *pieces, size_t n);
 uint64_t zb_absent(zb_window *w, uint64_t lo, uint64_t hi);
 uint64_t zb_present(zb_window *w, uint64_t lo, uint64_t hi);

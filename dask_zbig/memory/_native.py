@@ -46,9 +46,19 @@ def _hooks() -> Any:
     hooks.current = ffi.cast("void *(*)(void)", _pointer(current))
     if sys.version_info < (3, 12):  # there it is the GIL's holder, not this thread's own state
         hooks.this_thread = ffi.cast("void *(*)(void)", _pointer("PyGILState_GetThisThreadState"))
+        hooks.ident_offset = _ident_offset()
     hooks.detach = ffi.cast("void *(*)(void)", _pointer("PyEval_SaveThread"))
     hooks.attach = ffi.cast("void (*)(void *)", _pointer("PyEval_RestoreThread"))
     return hooks
+
+
+def _ident_offset() -> int:
+    """Where a thread state has its thread's ident: no function tells, of a state of a subinterpreter. 0 if unclear."""
+    get = ctypes.pythonapi.PyThreadState_Get
+    get.restype, get.argtypes = ctypes.c_void_p, []
+    words = (ctypes.c_uint64 * 32).from_address(get())  # (it is longer than that)
+    found = [8 * i for i, word in enumerate(words) if word == threading.get_ident()]
+    return found[0] if len(found) == 1 else 0
 
 
 def _under_ours(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -91,6 +101,20 @@ def start() -> None:
     check(lib.zb_handlers(), "install the SIGSEGV handler")
 
 
+_OF_FILES = (
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EIO,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOENT,
+    errno.ENOSPC,
+    errno.EPERM,
+    errno.EROFS,
+)
+
+
 def check(result: int, what: str) -> None:
     """Raise the exception that fits a negative errno returned by the core."""
     if result >= 0:
@@ -108,9 +132,11 @@ def check(result: int, what: str) -> None:
             f"{text}. A finalizer (__del__, or a weakref's callback) that the garbage collector ran touched a view "
             f"and could not wait for its bytes; abort the transaction",
         )
+    if number == errno.EINTR:
+        raise LoadError(number, f"{text}. Ctrl-C has ended a load: 0xFF was read instead; abort the transaction")
     if number == errno.ENOTCONN:
         raise ClosedError(f"{text}: the connection of this array is closed")
-    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOENT, errno.EACCES, errno.EROFS):
+    if number in _OF_FILES:
         raise ScratchError(number, text)
     raise ZBigError(text)
 

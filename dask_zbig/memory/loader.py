@@ -18,6 +18,7 @@ import ctypes
 import errno
 import gc
 import os
+import signal
 import threading
 import time
 
@@ -71,7 +72,9 @@ def _run() -> None:
             if request.error == errno.EDEADLK and space is not None:
                 with contextlib.suppress(ZBigError):  # (its transaction has failed already)
                     space.drop(0, 1 << 63)  # nobody else shall see 0xFF
-            _raise_in(request.thread, _notice(request.error, request.position))
+            error = _notice(space, request.error, request.position)
+            if error is not None:
+                _raise_in(request.thread, error)
             lib.zb_request_told(request)
         if space is None:
             continue
@@ -81,13 +84,26 @@ def _run() -> None:
         del space
 
 
-def _notice(number: int, position: int) -> ZBigError:
+def _notice(space: Space | None, number: int, position: int) -> ZBigError | None:
+    if number == errno.EIO:  # it waited for a block that another thread had asked for
+        return space.lost.get(position - position % BLOCK) if space is not None else None
     text = f"byte {position} of an array: {os.strerror(number)}"
+    if number == errno.EINTR:
+        return _interrupted(space, LoadError(number, f"Ctrl-C has ended a load: abort the transaction ({text})"))
     if number == errno.EDEADLK:
         return LoadError(number, f"a finalizer touched a view and could not wait for its bytes ({text})")
     if number == errno.ENOTCONN:  # from a space that was closed
         return ClosedError(f"a view was used after the connection of its array had been closed ({text})")
     return ScratchError(number, f"a change could not be kept and the transaction must be aborted ({text})")
+
+
+def _interrupted(space: Space | None, error: ZBigError) -> ZBigError | None:
+    """The main thread did not wait on after a SIGINT. It was not asked to wait for this notice: all may be over now."""
+    if space is None or space.error != errno.EINTR or (service := space.service) is None:
+        return None
+    service.failed(0, 1 << 63, error)
+    # Python's own handler raises KeyboardInterrupt, and another error after that would hit who handles it.
+    return None if signal.getsignal(signal.SIGINT) is signal.default_int_handler else error
 
 
 def _fill(space: Space, lo: int, thread: int, recheck: bool) -> None:
@@ -108,6 +124,8 @@ def _fill(space: Space, lo: int, thread: int, recheck: bool) -> None:
         except StaleFill:
             return  # whoever waits was woken by what made it stale, and asks again
         except BaseException as error:  # noqa: BLE001 - any error must reach the thread that waits
+            if space.closed:
+                return  # whoever waits was woken by that, too, and hears of it; who asked may be gone long since
             permanent = isinstance(error, ClosedError)
             if permanent or time.monotonic() + pause > deadline:
                 _give_up(space, lo, thread, error)
@@ -123,6 +141,7 @@ def _give_up(space: Space, lo: int, thread: int, error: BaseException) -> None:
     if service is not None:
         service.failed(lo, lo + BLOCK, error)
     loud = error if isinstance(error, ZBigError) else LoadError(f"{type(error).__name__}: {error}")
+    space.lost[lo] = type(loud)(*loud.args)  # (another one: of this the traceback refers to the space)
     _raise_in(thread, loud)
     poison = (lo, lo + BLOCK, 0, lib.zb_poison_fd())
     for window in space.windows():
@@ -131,6 +150,8 @@ def _give_up(space: Space, lo: int, thread: int, error: BaseException) -> None:
                 window.fill(epoch, lo, lo + BLOCK, [poison])
             except StaleFill:
                 return
+            except ZBigError:  # there are no mappings left
+                window.lost()
 
 
 def _raise_in(thread: int, error: ZBigError) -> None:
