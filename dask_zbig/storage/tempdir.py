@@ -15,6 +15,8 @@ import tempfile
 import time
 import weakref
 
+from dask_zbig.storage.modes import make_directory
+
 __all__ = ["PrivateDirectory"]
 
 _OWNER = ".owner"
@@ -42,7 +44,7 @@ class PrivateDirectory:
 
     def __init__(self, kind: str, base: str | None = None) -> None:
         base = base or tempfile.gettempdir()
-        os.makedirs(base, exist_ok=True)
+        make_directory(os.path.abspath(base))
         prefix = f"dz-{kind}-"
         _sweep(base, prefix)
         self.path = tempfile.mkdtemp(prefix=prefix, dir=base)

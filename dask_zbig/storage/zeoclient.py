@@ -1,4 +1,4 @@
-"""The ZEO client under every database that ``dz.open("zeo://...")`` opens: ZEO's own, with three gaps closed."""
+"""The ZEO client under every database that ``dz.open("zeo://...")`` opens: ZEO's own, with some gaps closed."""
 
 from __future__ import annotations
 
@@ -8,12 +8,36 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from ZEO.asyncio.client import ClientIO as _ClientIO
 from ZEO.ClientStorage import ClientStorage as _ClientStorage
+
+from dask_zbig.storage.modes import follow
+from dask_zbig.storage.zeoloads import Loads
 
 __all__ = ["ClientStorage"]
 
 
-class ClientStorage(_ClientStorage):  # type: ignore[misc]  # ZEO ships no types
+class _PatientIO(_ClientIO):  # type: ignore[misc]  # ZEO ships no types
+    """ZEO's, with a pause: a server that accepts connections and ends them, as with TLS it may, must not be flooded."""
+
+    _not_before = 0.0
+    _later: Any = None
+
+    def try_connecting(self) -> None:
+        """Connect to the servers, but not twice within a second. In the client's own thread."""
+        now = self.loop.time()
+        if now < self._not_before:
+            if self._later is None:
+                self._later = self.loop.call_at(self._not_before, self.try_connecting)
+            return
+        self._not_before = now + self.connect_poll
+        if self._later is not None:
+            self._later.cancel()
+            self._later = None
+        super().try_connecting()
+
+
+class ClientStorage(Loads):
     """A ClientStorage that forgets what it must, and leaves nothing behind.
 
     - A transaction that is aborted leaves no copies of its blobs in the blob directory: in a cache that is
@@ -21,6 +45,8 @@ class ClientStorage(_ClientStorage):  # type: ignore[misc]  # ZEO ships no types
     - Object ids that were reserved before the connection was lost are not used after it. A server that was
       restarted knows nothing of them, and gives them to others: each use would be a conflict.
     - It is not read-only while the server is away: arrays that are opened then would be for good.
+    - It does not wait for a load for ever: see `Loads`.
+    - A server that hangs up on it is asked once a second, not hundreds of times.
 
     Notes
     -----
@@ -34,7 +60,13 @@ class ClientStorage(_ClientStorage):  # type: ignore[misc]  # ZEO ships no types
         """Make a `storage` that is ZEO's own one of ours; leave any other as it is."""
         if type(storage) is _ClientStorage:
             storage.__class__ = cls
+            storage._call = storage._bounded_call
+            io = getattr(storage._server, "client", None)
+            if io is not None and type(io) is _ClientIO:
+                io.__class__ = _PatientIO
+                io.receiveBlobChunk = storage.receiveBlobChunk  # (it has the methods as they were)
             if storage.fshelper is not None:  # it has a blob directory
+                follow(storage.fshelper)
                 storage.fshelper.blob_mkstemp = cls._noting(storage.fshelper.blob_mkstemp)
         return storage
 

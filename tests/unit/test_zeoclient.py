@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import transaction
@@ -65,3 +68,37 @@ def test_what_is_opened_while_the_server_is_away_can_be_written_to(opened):
     connection.transaction_manager.commit()
     assert array[5] == 7
     connection.close()
+
+
+def test_a_server_that_hangs_up_is_not_flooded(opened):
+    """One that refuses certificates after a restart does so. ZEO's client connects again hundreds of times a second."""
+    db, network = opened
+    with tempfile.TemporaryDirectory(prefix="t", dir="/tmp") as place, socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(os.path.join(place, "s"))
+        listener.listen(1000)
+        listener.settimeout(30)
+        db.storage.new_addr(os.path.join(place, "s"))
+        network.cut()
+        times = []
+        for _ in range(4):
+            listener.accept()[0].close()
+            times.append(time.monotonic())
+    assert times[3] - times[0] > 1.9
+
+
+def test_pings_that_are_under_way_when_the_client_is_closed_end(tmp_path):
+    """Tasks may still be at work when their database is closed. By ZEO's own some would wait for ever, at exit, too."""
+
+    def ping(db):
+        while True:
+            sync(db)
+
+    with dz.serve(tmp_path / "x.fs") as uri, ThreadPoolExecutor(4) as pool:
+        for _ in range(40):
+            db = dz.open(uri)
+            asking = [pool.submit(ping, db) for _ in range(4)]
+            sync(db)
+            db.close()
+            for one in asking:
+                with pytest.raises((dz.ClosedError, dz.DatabaseUnavailableError)):
+                    one.result(60)

@@ -1,0 +1,91 @@
+"""How our ZEO client loads: it does not wait for ever, and says why a blob cannot be kept."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from typing import Any
+
+from ZEO.ClientStorage import ClientStorage
+from ZEO.Exceptions import ClientDisconnected
+
+from dask_zbig.config import get
+
+__all__ = ["Loads"]
+
+_LOOK = 0.5  # seconds between looks at whether it is worth waiting on
+
+
+class Loads(ClientStorage):  # type: ignore[misc]  # ZEO ships no types
+    """What of a ClientStorage loads objects and blobs, with two gaps closed.
+
+    - ZEO waits for a connection for some time only, but for an answer for as long as the connection lasts: for ever,
+      if the server's process is stopped, or its host hangs. Here it is `zbig.load-timeout`, of a blob since its last
+      piece came.
+    - If the blob cache's disk is full, it takes what fits for all of the blob, and logs every piece of the rest.
+
+    Notes
+    -----
+    Thread-safe, as ZEO's.
+    """
+
+    _pieces = 0  # of blobs, that came
+    _refused: dict[tuple[bytes, bytes], OSError]  # blobs that could not be written
+
+    def _answer(self, coroutine: Any, more: float = 0.0) -> Any:
+        """What the coroutine returns, within the load time-out and so many seconds `more`, or since the last piece."""
+        try:
+            future = self._server.io_call(coroutine, wait=False)
+        except BaseException:  # it is closed
+            coroutine.close()
+            raise
+        pieces, since = self._pieces, time.monotonic()
+        while True:
+            patience = get("load-timeout") + more
+            try:
+                return future.result(min(_LOOK, patience))
+            except asyncio.TimeoutError:
+                if self._server.is_closed():  # in another thread: nobody is left who could give the answer
+                    with contextlib.suppress(RuntimeError, ValueError):  # (it had begun)
+                        coroutine.close()
+                    raise ClientDisconnected("closed") from None
+                if self._pieces != pieces:
+                    pieces, since = self._pieces, time.monotonic()
+                elif time.monotonic() - since >= patience:
+                    raise ClientDisconnected(f"the server has not answered for {patience:g} seconds") from None
+
+    def loadBefore(self, oid: bytes, tid: bytes) -> Any:  # noqa: N802 - ZODB's name
+        """The record of an object as of before `tid`."""
+        found = self._cache.loadBefore(oid, tid)
+        return found or self._answer(self._server.load_before_co(oid, tid, self._server.timeout))
+
+    def loadBlob(self, oid: bytes, serial: bytes) -> Any:  # noqa: N802 - ZODB's name
+        """The path of a blob's file."""
+        path = super().loadBlob(oid, serial)
+        error = self.__dict__.setdefault("_refused", {}).pop((oid, serial), None)
+        if error is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+            raise OSError(error.errno, f"cannot write to the blob cache: {error.strerror}", path)
+        return path
+
+    def _bounded_call(self, method: str, *args: Any, **options: Any) -> Any:
+        """What `_call` is to be."""
+        if method not in ("sendBlob", "ping"):
+            return self._server.call(method, *args, **options)
+        timeout = self._server.timeout
+        more = timeout if method == "ping" else 0.0  # who asks for it wants to wait for the connection
+        return self._answer(self._server.call_sync_co(method, args, timeout), more)
+
+    def receiveBlobChunk(self, oid: bytes, serial: bytes, chunk: bytes) -> None:  # noqa: N802 - ZEO's name
+        """A piece of a blob has come."""
+        self._pieces += 1
+        refused = self.__dict__.setdefault("_refused", {})
+        if (oid, serial) in refused:
+            return
+        try:
+            super().receiveBlobChunk(oid, serial, chunk)
+        except OSError as error:
+            refused[oid, serial] = error
