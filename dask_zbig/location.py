@@ -97,9 +97,14 @@ def _is_a(storage: Any, *modules: str) -> bool:
 def _client_uri(storage: Any) -> str | None:
     """Return a URI for the server of a ZEO client that was made by hand; None when none will do."""
     client = getattr(storage._server, "client", None)
-    if len(storage._addr) != 1 or getattr(client, "ssl", "unknown") is not None:
+    encrypted = getattr(client, "ssl", "unknown")
+    if len(storage._addr) != 1 or encrypted == "unknown":
         return None
     options: dict[str, str] = {}
+    if encrypted is not None:
+        if isinstance(storage._addr[0], str):
+            return None  # no URI expresses TLS on a unix socket
+        options["tls"] = "true"
     if storage._storage != "1":
         options["storage"] = storage._storage
     if storage.blob_dir and storage.shared_blob_dir:

@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import math
 import os
+import ssl
 import weakref
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -16,9 +17,9 @@ import ZODB
 from ZODB.FileStorage.FileStorage import FileStorageFormatError
 from ZODB.POSException import POSError
 
-from dask_zbig import config, uris
+from dask_zbig import config, tls, uris
 from dask_zbig.errors import DatabaseUnavailableError, ZBigError
-from dask_zbig.storage.filestorage import FileStorage, blob_directory
+from dask_zbig.storage.filestorage import FileStorage, blob_directory, create_directory
 from dask_zbig.storage.tempdir import PrivateDirectory
 
 if TYPE_CHECKING:
@@ -80,10 +81,11 @@ def _uri(uri: str) -> _Source:
     scheme = uri.partition(":")[0]
     if scheme == "zeo":
         return _zeo(uri)
-    storage, options = zodburi.resolve_uri(uri)
+    with _naming_certificates():
+        storage, options = zodburi.resolve_uri(uri)
     parsed = uris.parse_file(uri) if scheme == "file" else None
     if parsed is None:
-        return _Source(storage, options, uri)
+        return _Source(_watched(getattr(storage, "__self__", None), storage), options, uri)
     path, given = parsed
     blob_dir = given.get("blobstorage_dir") or blob_directory(path)
     flags = {name: bool(_integer(given[name])) for name in ("create", "read_only") if name in given}
@@ -107,38 +109,124 @@ def _quota(given: dict[str, str]) -> dict[str, int]:
 def _zeo(uri: str) -> _Source:
     import zodburi
 
-    from dask_zbig.storage.zeoclient import ClientStorage
-
     address, given = uris.parse_zeo(uri)
+    context = _client_tls(address, given.pop("tls", None))
     if "blob_dir" in given:
         given["blob_dir"] = os.path.abspath(os.path.expanduser(given["blob_dir"]))
     shared = _integer(given.get("shared_blob_dir", "0"))
     if shared and "blob_dir" not in given:
         raise ValueError("shared_blob_dir needs a blob_dir")
-    public = uris.zeo_uri(address, **given)
+    plain = uris.zeo_uri(address, **given)
+    public = plain if context is None else uris.zeo_uri(address, **given, tls="true")
     given.setdefault("wait_timeout", str(max(1, math.ceil(config.get("zeo.wait-timeout")))))
 
-    def client(**more: str) -> Any:
-        return ClientStorage.of(zodburi.resolve_uri(uris.zeo_uri(address, **given, **more))[0]())
-
     def storage() -> Any:
-        if "blob_dir" not in given:
-            return _with_private_blobs(client)
         if shared and not os.path.isdir(given["blob_dir"]):
             raise DatabaseUnavailableError(
                 f"the shared blob directory {given['blob_dir']!r} of {uris.mask(public)!r} is not on this "
                 "host: use a URI without blob_dir and shared_blob_dir here"
             )
-        return client()
+        with _diagnosing([address], context, None):
+            if "blob_dir" not in given:
+                return _with_private_blobs(lambda blobs: _client(address, context, {**given, "blob_dir": blobs}))
+            if not shared:
+                create_directory(given["blob_dir"])
+            return _client(address, context, given)
 
-    return _Source(storage, zodburi.resolve_uri(public)[1], public)
+    return _Source(storage, zodburi.resolve_uri(plain)[1], public)
 
 
-def _with_private_blobs(client: Callable[..., Any]) -> Any:
+def _client(address: uris.Address, context: ssl.SSLContext | None, given: dict[str, str]) -> Any:
+    """Make a ZEO client; zodburi would, but knows no TLS."""
+    from ZEO.ClientStorage import ClientStorage as PlainClientStorage
+    from ZODB.DemoStorage import DemoStorage
+    from zodburi.resolvers import client_storage_resolver
+
+    from dask_zbig.storage.zeoclient import ClientStorage
+
+    options, _ = client_storage_resolver.interpret_kwargs(given)
+    demo = "demostorage" in options
+    options.pop("demostorage", None)
+    storage = ClientStorage.of(PlainClientStorage(address, ssl=context, **options))
+    return DemoStorage(base=storage) if demo else storage
+
+
+def _client_tls(address: uris.Address, asked: str | None) -> ssl.SSLContext | None:
+    """What a client needs to speak TLS; None: it speaks plain text."""
+    if asked is not None and not _integer(asked):
+        raise ValueError("tls can only be true; without it the options zbig.tls.* decide")
+    if isinstance(address, str):
+        if asked:
+            raise ValueError("a unix socket has no TLS")
+        return None
+    name = uris.zeo_uri(address)
+    try:
+        credentials = tls.configured()
+        if credentials is not None:
+            return credentials.client_context()
+    except tls.SettingsError as error:
+        raise DatabaseUnavailableError(f"{name} cannot be opened: {error}") from None
+    if asked or config.get("tls.require"):
+        raise DatabaseUnavailableError(_without_tls(name))
+    return None
+
+
+def _without_tls(name: str) -> str:
+    return (
+        f"{name} must be opened with TLS, which is not configured here: set Dask's options zbig.tls.ca-file, "
+        "zbig.tls.certificate and zbig.tls.key"
+    )
+
+
+def _watched(section: Any, opener: Callable[[], Any]) -> Callable[[], Any]:
+    """The `opener` of a storage that ZConfig describes; if it is a ZEO client, with a diagnosis."""
+
+    def storage() -> Any:
+        with _diagnosing(*_server_of(section)):
+            return opener()
+
+    return storage
+
+
+def _server_of(section: Any) -> tuple[list[uris.Address], ssl.SSLContext | None, str | None]:
+    """Addresses, context and host name of a ZEO client's section; no addresses if it is another storage's."""
+    from ZEO.zconfig import ClientStorageConfig
+    from ZODB.config import ZEOClient
+
+    if not isinstance(section, (ClientStorageConfig, ZEOClient)):
+        return [], None, None
+    addresses: list[uris.Address] = [server.address for server in section.config.server]
+    context, hostname = getattr(section.config, "ssl", None) or (None, None)
+    if context is None and config.get("tls.require"):
+        for address in addresses:
+            if not isinstance(address, str):
+                raise DatabaseUnavailableError(_without_tls(uris.zeo_uri(address)))
+    return addresses, context, hostname
+
+
+@contextlib.contextmanager
+def _diagnosing(addresses: list[uris.Address], context: ssl.SSLContext | None, hostname: str | None) -> Iterator[None]:
+    """Have it said at once, or when the time is over, why a ZEO server and this client cannot talk."""
+    from ZEO.Exceptions import ClientDisconnected
+
+    def check(error: Exception | None) -> None:
+        why = tls.diagnose(addresses, context, hostname, late=error is not None)
+        if why is not None:
+            raise DatabaseUnavailableError(f"the ZEO server cannot be used, {why}") from error
+
+    check(None)
+    try:
+        yield
+    except ClientDisconnected as error:
+        check(error)  # it may have come up meanwhile
+        raise
+
+
+def _with_private_blobs(client: Callable[[str], Any]) -> Any:
     """Make a ZEO client with a blob cache of its own: without one it can neither read nor store blobs."""
     cache = PrivateDirectory("cache", config.get("scratch-directory"))
     try:
-        storage = client(blob_dir=os.path.join(cache.path, "blobs"))
+        storage = client(os.path.join(cache.path, "blobs"))
     except BaseException:
         cache.close()
         raise
@@ -151,8 +239,9 @@ def _storage_section(text: str) -> _Source:
 
     from ZODB.config import getStorageSchema
 
-    section, _ = ZConfig.loadConfigFile(getStorageSchema(), StringIO(text))
-    return _Source(section.storage.open, text=text)
+    with _naming_certificates():
+        section, _ = ZConfig.loadConfigFile(getStorageSchema(), StringIO(text))
+    return _Source(_watched(section.storage, section.storage.open), text=text)
 
 
 def _open_zodb_section(text: str, options: dict[str, Any]) -> ZODB.DB:
@@ -163,11 +252,23 @@ def _open_zodb_section(text: str, options: dict[str, Any]) -> ZODB.DB:
     if options:
         raise uris.bad(text, f"the options {', '.join(options)} belong into its <zodb> section")
     with _understanding(text):
-        section, _ = ZConfig.loadConfigFile(getDbSchema(), StringIO(text))
+        with _naming_certificates():
+            section, _ = ZConfig.loadConfigFile(getDbSchema(), StringIO(text))
         if any(database.config.storage is None for database in section.database):
             raise ValueError("a <zodb> section has no storage in it")
-    with _reaching(text), _understanding(text):
+    with _reaching(text), _understanding(text), contextlib.ExitStack() as stack:
+        for database in section.database:
+            stack.enter_context(_diagnosing(*_server_of(database.config.storage)))
         return databaseFromConfig(section.database)
+
+
+@contextlib.contextmanager
+def _naming_certificates() -> Iterator[None]:
+    """The certificates of an <ssl> section are read with the text, and OpenSSL does not say which cannot be."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"a file that it names, such as a certificate or key, cannot be used: {error}") from None
 
 
 @contextlib.contextmanager

@@ -11,12 +11,14 @@ import json
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from dask_zbig import uris
+from dask_zbig import tls, uris
 from dask_zbig.errors import ServerError
 from dask_zbig.storage.filestorage import blob_directory
 from dask_zbig.storage.tempdir import PrivateDirectory
@@ -43,7 +45,12 @@ def serve(
     address: str | os.PathLike[str] | tuple[str, int] | None = None,
     blob_dir: str | os.PathLike[str] | None = None,
     timeout: float = 30.0,
-    shared_blob_dir: bool = True,
+    shared_blob_dir: bool | None = None,
+    tls_certificate: str | os.PathLike[str] | None = None,
+    tls_key: str | os.PathLike[str] | None = None,
+    tls_clients: str | os.PathLike[str] | None = None,
+    tls_key_password: str | None = None,
+    insecure: bool = False,
 ) -> ServerProcess:
     """Serve a FileStorage from a process of its own while a ``with`` block lasts.
 
@@ -53,7 +60,8 @@ def serve(
         The data file; created if missing. It must not be open, neither here nor elsewhere.
     address
         Where to listen. By default at a unix socket in a new private directory. Else the path of a
-        socket, or host and port on the loopback device: ``("127.0.0.1", 0)`` takes a free port.
+        socket, or host and port: ``("127.0.0.1", 0)`` takes a free port. Beyond the loopback device it
+        takes TLS.
     blob_dir
         The blob directory; ``<path>.blobs`` by default.
     timeout
@@ -61,19 +69,32 @@ def serve(
         through first.
     shared_blob_dir
         Whether the URI tells clients to use the server's blob directory, which saves all copying. If
-        not, ``dz.open`` gives each client a private cache, and blobs are downloaded.
+        not, ``dz.open`` gives each client a private cache, and blobs are downloaded. By default so if the
+        address can be reached from this host only.
+    tls_certificate, tls_key
+        Speak TLS (1.2 or later): the files of the server's certificate and of its key. The certificate names
+        the host as clients do. The key may be in the same file.
+    tls_clients
+        Whom to let in, always needed: a file, or directory, of certificates that a client's must be one of
+        or signed by.
+    tls_key_password
+        Where the key's password is: ``env:NAME``, ``file:PATH`` or ``command:...``.
+    insecure
+        Listen beyond the loopback device without TLS. Whoever can connect can then run code here, and in
+        the clients.
 
     Returns
     -------
     ServerProcess
         A context manager. Entering starts the server and gives the URI, which any process of the user
-        on this host can open; leaving stops it.
+        on this host can open; leaving stops it. Clients of a server with TLS need Dask's options
+        ``zbig.tls.*``.
 
     Raises
     ------
     ServerError
-        On entering: the server did not start; the message has its reason and the end of its log. On
-        leaving: it ended before.
+        At once: the options for TLS are incomplete. On entering: the server did not start; the message has
+        its reason and the end of its log. On leaving: it ended before.
 
     Notes
     -----
@@ -88,7 +109,8 @@ def serve(
     ...     db = open(uri)
     ...     db.close()
     """
-    return ServerProcess(path, address, blob_dir, timeout, shared_blob_dir)
+    credentials = server_credentials(tls_certificate, tls_key, tls_clients, tls_key_password)
+    return ServerProcess(path, address, blob_dir, timeout, shared_blob_dir, credentials, insecure)
 
 
 class ServerProcess:
@@ -108,7 +130,9 @@ class ServerProcess:
         address: str | os.PathLike[str] | tuple[str, int] | None,
         blob_dir: str | os.PathLike[str] | None,
         timeout: float,
-        shared_blob_dir: bool,
+        shared_blob_dir: bool | None,
+        credentials: tls.Credentials | None,
+        insecure: bool,
     ) -> None:
         self.path = os.path.abspath(os.fsdecode(path))
         self.blob_dir = os.path.abspath(os.fsdecode(blob_dir)) if blob_dir else blob_directory(self.path)
@@ -117,6 +141,8 @@ class ServerProcess:
         self._address = os.fsdecode(address) if isinstance(address, os.PathLike) else address
         self._timeout = timeout
         self._shared = shared_blob_dir
+        self._credentials = credentials
+        self._insecure = insecure
         self._process: subprocess.Popen[bytes] | None = None
         self._directory: PrivateDirectory | None = None
         self._owner = 0
@@ -131,8 +157,8 @@ class ServerProcess:
         except BaseException:
             self._stop()
             raise
-        shared = {"blob_dir": self.blob_dir, "shared_blob_dir": "true"} if self._shared else {}
-        self.uri = uris.zeo_uri(address, **shared)
+        asked = self._address[0] if isinstance(self._address, tuple) else ""
+        self.uri = client_uri(address, asked, self.blob_dir, self._shared, self._credentials is not None)
         return self.uri
 
     def __exit__(
@@ -150,7 +176,7 @@ class ServerProcess:
         address = self._address or os.path.join(directory, "zeo")
         if isinstance(address, str):
             address = os.path.abspath(address)
-        with open(os.path.join(directory, "log"), "wb") as log:
+        with open(os.path.join(directory, "log"), "wb", opener=_private) as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", _BOOT, "dask-zbig-server", self.path],
                 stdin=subprocess.PIPE,
@@ -166,6 +192,8 @@ class ServerProcess:
             "blob_dir": self.blob_dir,
             "directory": directory,
             "parent": self._owner,
+            "tls": self._credentials and asdict(self._credentials),
+            "insecure": self._insecure,
         }
         lines = [json.dumps([os.path.abspath(entry) for entry in sys.path]), json.dumps(settings)]
         answer = self._ask("\n".join(lines) + "\n")
@@ -220,6 +248,44 @@ class ServerProcess:
         return f"\n--- the end of its log:\n{text}" if text else ""
 
 
+def server_credentials(
+    certificate: str | os.PathLike[str] | None,
+    key: str | os.PathLike[str] | None,
+    clients: str | os.PathLike[str] | None,
+    key_password: str | None,
+) -> tls.Credentials | None:
+    """Return what a server with TLS needs, or None if nothing is given; ServerError if something is missing."""
+    if not (certificate or key or clients or key_password):
+        return None
+    if not certificate or not clients:
+        missing = "the certificates of its clients, or of their CA, are" if certificate else "its certificate is"
+        raise ServerError(f"a server with TLS needs its certificate and those of its clients: {missing} not given")
+    own, theirs = (os.path.abspath(os.fsdecode(given)) for given in (certificate, clients))
+    return tls.Credentials(own, os.path.abspath(os.fsdecode(key)) if key else None, theirs, key_password)
+
+
+def client_uri(address: Address, asked: str, blob_dir: str, shared: bool | None, encrypted: bool) -> str:
+    """Return the URI that clients of a server open.
+
+    Parameters
+    ----------
+    address
+        Where it listens.
+    asked
+        The host that it was told to listen at: the certificate has that name rather than a number.
+    shared
+        Whether clients use the server's blob directory; None: if they are on its host.
+    """
+    local = True
+    if not isinstance(address, str):
+        local = uris.is_loopback(asked)
+        if asked in ("", "0.0.0.0", "::"):
+            asked = socket.getfqdn()
+        address = (asked, address[1]) if encrypted else (address[0] if local else asked, address[1])
+    options = {"blob_dir": blob_dir, "shared_blob_dir": "true"} if shared or (shared is None and local) else {}
+    return uris.zeo_uri(address, **options, **({"tls": "true"} if encrypted else {}))
+
+
 def short_directory() -> PrivateDirectory:
     """Return a new private directory whose path leaves room for a socket's name."""
     directory = PrivateDirectory("serve")
@@ -230,6 +296,10 @@ def short_directory() -> PrivateDirectory:
         pass
     directory.close()
     return PrivateDirectory("serve", "/tmp")
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
 
 
 def _how(code: int) -> str:

@@ -6,6 +6,7 @@ Also where secrets are recognised, so that none gets into a message, a graph or 
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 import os
 import re
 from importlib.metadata import entry_points
@@ -22,6 +23,7 @@ __all__ = [
     "file_uri",
     "fingerprint",
     "has_secret",
+    "is_loopback",
     "mask",
     "parse_file",
     "parse_zeo",
@@ -147,6 +149,14 @@ def parse_zeo(uri: str) -> tuple[Address, dict[str, str]]:
     if parts.path in ("", "/"):
         raise bad(uri, "it has neither a host nor the path of a socket")
     return os.path.normpath(parts.path), options
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a server that listens at a host's name or address can be reached from that host only."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def zeo_uri(address: Address, **options: Any) -> str:

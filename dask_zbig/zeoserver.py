@@ -2,8 +2,8 @@
 
 Against a stock ``runzeo`` it differs in this:
 
-- msgpack on the wire, as with pickle whoever connects runs code here; a unix socket of mode 0600, or TCP on
-  the loopback device only;
+- msgpack on the wire, and clients that answer with pickle are turned away: who may speak that runs code here;
+- a unix socket of mode 0600, or TCP: on the loopback device, or with TLS and clients' certificates;
 - our FileStorage, which syncs blobs, and always a blob directory;
 - no transaction timeout, which would lock the storage for writes, and no conflict resolution by clients,
   which would lose blobs; the persistent classes are imported here instead;
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import ipaddress
 import json
 import logging
 import os
@@ -28,10 +27,12 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import zc.lockfile
+from ZEO.asyncio.marshal import server_decoder
 from ZEO.runzeo import ZEOServer
+from ZEO.StorageServer import StorageServer, ZEOStorage
 from ZODB.POSException import POSError
 
-from dask_zbig import uris
+from dask_zbig import tls, uris
 from dask_zbig.errors import ServerError
 from dask_zbig.storage.filestorage import FileStorage, blob_directory
 
@@ -54,9 +55,13 @@ class Server(ZEOServer):  # type: ignore[misc]  # ZEO ships no types
     path
         The data file; created if missing.
     address
-        The path of a unix socket, or host and port of the loopback device; port 0: the system chooses.
+        The path of a unix socket, or host and port; port 0: the system chooses.
     blob_dir
         ``<path>.blobs`` when not given.
+    credentials
+        For TLS: the server's certificate, and whose certificates clients may have.
+    insecure
+        Listen beyond the loopback device without TLS, and warn of it.
     ready
         Called with the actual address when clients can connect.
     lifeline
@@ -72,8 +77,8 @@ class Server(ZEOServer):  # type: ignore[misc]  # ZEO ships no types
     Raises
     ------
     ServerError
-        At once: the address is refused, see :func:`check_address`. From :meth:`main`: it cannot be
-        used, or the database is open elsewhere or cannot be read.
+        At once: the address is refused, see :func:`check_address`, or the certificates cannot be used.
+        From :meth:`main`: the address cannot be used, or the database is open elsewhere or cannot be read.
     """
 
     def __init__(
@@ -82,11 +87,13 @@ class Server(ZEOServer):  # type: ignore[misc]  # ZEO ships no types
         address: Address,
         *,
         blob_dir: str | None = None,
+        credentials: tls.Credentials | None = None,
+        insecure: bool = False,
         ready: Callable[[Address], None] = lambda address: None,
         lifeline: int | None = None,
         parent: int | None = None,
     ) -> None:
-        check_address(address)
+        check_address(address, encrypted=credentials is not None, insecure=insecure)
         self.path = os.path.abspath(path)
         self.blob_dir = os.path.abspath(blob_dir or blob_directory(self.path))
         self.abandoned = False
@@ -106,7 +113,7 @@ class Server(ZEOServer):  # type: ignore[misc]  # ZEO ships no types
                 transaction_timeout=None,
                 invalidation_queue_size=1000,
                 invalidation_age=None,
-                ssl=None,
+                ssl=None if credentials is None else _context(credentials),
                 config_logger=None,
             )
         )
@@ -159,7 +166,14 @@ class Server(ZEOServer):  # type: ignore[misc]  # ZEO ships no types
         """Bind and listen."""
         umask = os.umask(0o177)  # the socket's mode is 0600 from the first moment
         try:
-            super().create_server()
+            options = self.options
+            self.server = _StorageServer(
+                options.address,
+                self.storages,
+                msgpack=options.msgpack,
+                invalidation_queue_size=options.invalidation_queue_size,
+                ssl=options.ssl,
+            )
         except OSError as error:
             raise ServerError(f"cannot listen at {self.options.address!r}: {error}") from error
         finally:
@@ -196,37 +210,67 @@ class Server(ZEOServer):  # type: ignore[misc]  # ZEO ships no types
         loop.stop()
 
 
-def check_address(address: Address) -> None:
+class _StorageServer(StorageServer):  # type: ignore[misc]  # ZEO ships no types
+    def create_client_handler(self) -> Any:
+        return _ClientHandler(self, self.read_only)
+
+
+class _ClientHandler(ZEOStorage):  # type: ignore[misc]  # ZEO ships no types
+    """ZEO's, for clients that speak msgpack. ZEO lets the client choose, and unpickles whatever it is told to."""
+
+    def notify_connected(self, conn: Any) -> None:
+        """The client has said which format it speaks."""
+        if conn.protocol_version.startswith(b"M"):
+            super().notify_connected(conn)
+        else:
+            _logger.warning("a client that speaks pickle instead of msgpack is turned away")
+            conn.decode = server_decoder(b"M")  # nothing of what it may have sent already is unpickled
+            conn.close()
+
+
+def _context(credentials: tls.Credentials) -> Any:
+    try:
+        return credentials.server_context()
+    except tls.SettingsError as error:
+        raise ServerError(str(error)) from None
+
+
+def check_address(address: Address, *, encrypted: bool = False, insecure: bool = False) -> None:
     """Refuse an address at which a server must not, or cannot, listen.
+
+    Parameters
+    ----------
+    encrypted
+        Whether it will speak TLS.
+    insecure
+        Accept what must not be, with a warning in the log.
 
     Raises
     ------
     ServerError
-        TCP that can be reached from other hosts: there is no TLS here. A socket's path that is too long,
-        or that no URI can express.
+        TCP that can be reached from other hosts, without TLS. TLS on a unix socket. A socket's path that is
+        too long, or that no URI can express.
     """
     if isinstance(address, str):
         if len(os.fsencode(address)) > _SOCKET_PATH_LIMIT:
             raise ServerError(f"the socket's path {address!r} is longer than {_SOCKET_PATH_LIMIT} bytes")
         if not os.path.isabs(address) or uris.parse_zeo(uris.zeo_uri(address)) != (address, {}):
             raise ServerError(f"the socket's path {address!r} cannot be written in a URI")
+        if encrypted:
+            raise ServerError(f"TLS is for TCP, and {address!r} is a unix socket, which only its owner can open")
         return
     host, port = address
     if not 0 <= port <= 65535:
         raise ServerError(f"there is no port {port}")
-    if not _is_loopback(host):
+    if encrypted or uris.is_loopback(host):
+        return
+    if not insecure:
         raise ServerError(
-            f"{host!r} can be reached from other hosts, and without TLS whoever connects can read and change "
-            "the database: listen at a unix socket or at 127.0.0.1 (and go there by `ssh -L`), or run ZEO's "
-            "runzeo with an <ssl> section and client certificates"
+            f"{host!r} can be reached from other hosts, and without TLS whoever connects can read and change the "
+            "database, and run code: give the server a certificate and a key, and the certificates of its clients "
+            "(see the README on security), or listen at a unix socket"
         )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    _logger.warning("INSECURE: whoever can reach %s:%s can read and change the database, and run code", host, port)
 
 
 def child() -> None:
@@ -249,6 +293,8 @@ def child() -> None:
             settings["path"],
             _address(settings["address"]),
             blob_dir=settings["blob_dir"],
+            credentials=tls.Credentials(**settings["tls"]) if settings["tls"] else None,
+            insecure=settings["insecure"],
             ready=ready,
             lifeline=0,
             parent=settings["parent"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -94,6 +95,10 @@ def test_command(path, tmp_path, number, where):
         (["--address", "8100"], "HOST:PORT"),
         (["--address", "127.0.0.1:8100", "--socket", "s"], "exclude each other"),
         (["--socket", "/" + "x" * 120], "107 bytes"),
+        (["--address", "0.0.0.0:8100", "--tls-certificate", "server.pem"], "those of its clients"),
+        (["--address", "127.0.0.1:8100", "--tls-clients", "ca.pem"], "its certificate is not given"),
+        (["--address", "0.0.0.0:8100", "--tls-certificate", "none", "--tls-clients", "none"], "No such file"),
+        (["--tls-certificate", "none", "--tls-clients", "none"], "TLS is for TCP"),
     ],
 )
 def test_command_refuses(path, arguments, why):
@@ -101,6 +106,17 @@ def test_command_refuses(path, arguments, why):
     assert result.exit_code in (1, 2)
     assert why in result.output
     assert not os.path.exists(path)
+
+
+def test_command_warns_of_what_is_insecure(path):
+    command = [sys.executable, "-m", "dask_zbig.cli.main", "serve", path, "--address", "0.0.0.0:0", "--insecure"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        uri = process.stdout.readline().strip()
+        process.terminate()
+        _, trouble = process.communicate(timeout=30)
+    assert uri.startswith(f"zeo://{socket.getfqdn()}:")
+    assert "blob_dir" not in uri
+    assert "INSECURE: whoever can reach 0.0.0.0:0" in trouble
 
 
 def test_command_names_what_is_wrong_with_the_file(path, tmp_path):
