@@ -217,6 +217,8 @@ def coalesce(extents: Extents) -> Extents:
     >>> coalesce(make([(0, 4, 0, 0), (4, 9, 0, 4), (9, 10, 0, 0)])).tolist()
     [(0, 9, 0, 0), (9, 10, 0, 0)]
     """
+    if len(extents) < 2:
+        return extents.copy()
     before, after = extents[:-1], extents[1:]
     apart = before["stop"] != after["start"]
     apart |= before["segment"] != after["segment"]
@@ -250,7 +252,7 @@ def used(extents: Extents) -> _Indices:
 def restrict(extents: Extents, ranges: Ranges) -> Extents:
     """The parts inside the ranges."""
     starts, stops = extents["start"], extents["stop"]
-    index, piece = _pieces(np.stack([starts, stops], 1), ranges)
+    index, piece = _pieces(_pairs(starts, stops), ranges)
     part = extents.take(index)  # five times as fast as indexing
     part["offset"] += piece[:, 0] - part["start"]
     part["start"], part["stop"] = piece[:, 0], piece[:, 1]
@@ -272,7 +274,7 @@ def covered(extents: Extents) -> Ranges:
     >>> covered(make([(0, 4, 0, 0), (4, 6, 1, 0), (8, 9, 0, 4)])).tolist()
     [[0, 6], [8, 9]]
     """
-    return _join(np.stack([extents["start"], extents["stop"]], 1))
+    return _join(_pairs(extents["start"], extents["stop"]))
 
 
 def holes(extents: Extents, lo: int, hi: int) -> Ranges:
@@ -302,6 +304,8 @@ def normalize(ranges: npt.ArrayLike) -> Ranges:
     """
     rows = np.asarray(ranges, np.uint64).reshape(-1, 2)
     rows = rows[rows[:, 0] < rows[:, 1]]
+    if len(rows) < 2:
+        return rows
     rows = rows[np.argsort(rows[:, 0], kind="stable")]
     rows[:, 1] = np.maximum.accumulate(rows[:, 1])
     return _join(rows)
@@ -345,16 +349,29 @@ def total(ranges: Ranges) -> int:
 
 def _join(ranges: Ranges) -> Ranges:
     """Merge sorted ranges that touch or overlap; their stops must ascend too."""
+    if len(ranges) < 2:
+        return ranges
     head, tail = _runs(len(ranges), ranges[1:, 0] > ranges[:-1, 1])
-    return np.stack([ranges[head, 0], ranges[tail, 1]], 1)
+    return _pairs(ranges[head, 0], ranges[tail, 1])
+
+
+def _pairs(starts: npt.NDArray[Any], stops: npt.NDArray[Any]) -> Ranges:
+    """np.stack in a fraction of its time, which for a few ranges is most of what there is to do."""
+    pairs = np.empty((len(starts), 2), np.uint64)
+    pairs[:, 0] = starts
+    pairs[:, 1] = stops
+    return pairs
 
 
 def _runs(count: int, apart: _Bools) -> tuple[_Indices, _Indices]:
     """First and last index of each run of rows; `apart` has a flag for each two neighbours."""
     if not count:
         return np.empty(0, np.intp), np.empty(0, np.intp)
-    borders = np.flatnonzero(apart)
-    return np.append(np.intp(0), borders + 1), np.append(borders, np.intp(count - 1))
+    borders = apart.nonzero()[0]
+    head, tail = np.zeros(len(borders) + 1, np.intp), np.full(len(borders) + 1, count - 1, np.intp)
+    np.add(borders, 1, out=head[1:])
+    tail[:-1] = borders
+    return head, tail
 
 
 def _complement(ranges: Ranges, lo: int = 0, hi: int = _END) -> Ranges:
@@ -366,12 +383,14 @@ def _complement(ranges: Ranges, lo: int = 0, hi: int = _END) -> Ranges:
 
 def _pieces(a: Ranges, b: Ranges) -> tuple[_Indices, Ranges]:
     """What `a` and `b` have in common, in pieces that lie in one row of each; and which row of `a`."""
+    if not len(a) or not len(b):
+        return np.empty(0, np.intp), no_ranges()
     first = np.searchsorted(a[:, 1], b[:, 0], "right")
     count = np.searchsorted(a[:, 0], b[:, 1], "left") - first
     in_b = np.repeat(np.arange(len(b)), count)
     in_a = np.arange(len(in_b)) + np.repeat(first - (np.cumsum(count) - count), count)
     starts, stops = np.maximum(a[in_a, 0], b[in_b, 0]), np.minimum(a[in_a, 1], b[in_b, 1])
-    return in_a, np.stack([starts, stops], 1)
+    return in_a, _pairs(starts, stops)
 
 
 # -- comparing and merging
@@ -389,7 +408,7 @@ def diff(a: Extents, keys_a: Keys, b: Extents, keys_b: Keys) -> Ranges:
     a, b = _identified((a, keys_a), (b, keys_b))
     # not np.unique, which hashes: this merges four sorted runs, a hundred times as fast
     points = np.sort(np.concatenate([a["start"], a["stop"], b["start"], b["stop"]]), kind="stable")
-    pieces = np.stack([points[:-1], points[1:]], 1)  # neither side has an edge inside of a piece
+    pieces = _pairs(points[:-1], points[1:])  # neither side has an edge inside of a piece
     pieces = pieces[pieces[:, 0] < pieces[:, 1]]
     segment_a, offset_a = _sources(a, pieces[:, 0])
     segment_b, offset_b = _sources(b, pieces[:, 0])

@@ -17,7 +17,7 @@ from persistent import Persistent
 
 from dask_zbig.errors import FormatError
 from dask_zbig.storage import extents as ex
-from dask_zbig.storage.format import LEAF_BYTES, VERSION, unpack_state
+from dask_zbig.storage.format import LEAF_BYTES, VERSION, broken, name_of, unpack_state
 from dask_zbig.storage.segment import SegmentRef
 
 __all__ = ["MOVED", "NOT_MOVED", "LeafState", "Move", "merge_leaves"]
@@ -63,22 +63,24 @@ class LeafState:
     def unpack(cls, leaf: Any, state: Any) -> LeafState:
         """From what was stored for `leaf`. Raises `FormatError` if that breaks the format's rules."""
         packed, table, objects, to, moved = unpack_state(leaf, state, 5)
-        name = f"ExtentLeaf {leaf._p_oid!r}"
         if not all(isinstance(b, bytes) for b in (packed, table, to, moved)) or not isinstance(objects, tuple):
-            raise FormatError(f"{name} has fields of wrong types")
+            raise broken(leaf, "has fields of wrong types")
         if len(packed) % ex.EXTENT.itemsize or len(table) != len(objects) * _SEGMENT.itemsize:
-            raise FormatError(f"{name} has tables of {len(packed)} and {len(table)} bytes")
+            raise broken(leaf, f"has tables of {len(packed)} and {len(table)} bytes")
         if len(to) not in (0, 8) or len(moved) % MOVED.itemsize:
-            raise FormatError(f"{name} notes a move to {to!r} in {len(moved)} bytes")
+            raise broken(leaf, f"notes a move to {to!r} in {len(moved)} bytes")
         move = Move(to, np.frombuffer(moved, MOVED)) if to else NOT_MOVED
         if np.any(move.rows["start"] >= move.rows["stop"]) or np.any(move.rows["start"][1:] < move.rows["stop"][:-1]):
-            raise FormatError(f"{name} notes a move of bytes that are not sorted and disjoint")
+            raise broken(leaf, "notes a move of bytes that are not sorted and disjoint")
         if not packed and not objects:
             return cls(ex.empty(), (), move)
         extents = np.frombuffer(packed, ex.EXTENT)
         segments = np.frombuffer(table, _SEGMENT)
         lo = int(extents["start"][0]) // LEAF_BYTES * LEAF_BYTES if len(extents) else 0
-        ex.validate(extents, segments["length"].tolist(), lo, lo + LEAF_BYTES)
+        try:
+            ex.validate(extents, segments["length"].tolist(), lo, lo + LEAF_BYTES)
+        except FormatError as e:
+            raise FormatError(f"{name_of(leaf)}: {e}") from None
         refs = tuple(
             SegmentRef(obj, length, checksum)
             for obj, (length, checksum) in zip(objects, segments.tolist(), strict=True)

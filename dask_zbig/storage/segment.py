@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import stat
 import threading
 import weakref
 from collections.abc import Callable
@@ -25,12 +26,13 @@ from ZODB.POSException import POSKeyError
 from ZODB.utils import load_current
 
 from dask_zbig.descriptors import Descriptor, Reopened, close_unused
-from dask_zbig.errors import LoadError
-from dask_zbig.storage.format import VERSION, unpack_state
+from dask_zbig.errors import LoadError, ZBigError
+from dask_zbig.storage.format import VERSION, broken, unpack_state
 
 __all__ = [
     "BytesSource",
     "FileSource",
+    "GoneError",
     "InlineSegment",
     "SegmentReader",
     "SegmentRef",
@@ -41,6 +43,9 @@ __all__ = [
 
 #: A segment gets another revision only when its creation is undone, and when that is undone: we look at this many.
 REVISIONS = 16
+
+
+_STEP = 8 << 20
 
 
 class GoneError(LoadError):
@@ -59,7 +64,10 @@ class InlineSegment(Persistent):  # type: ignore[misc]
         return (VERSION, self.data)
 
     def __setstate__(self, state: Any) -> None:
-        (self.data,) = unpack_state(self, state, 1)
+        (data,) = unpack_state(self, state, 1)
+        if not isinstance(data, bytes):
+            raise broken(self, f"holds a {type(data).__name__} where bytes belong")
+        self.data = data
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +136,8 @@ class FileSource:
         self._name = _Name(path)
         self._file = Reopened(self._name.open)
         # Its very first use: that the file is there, and which file it is, is known from now on.
-        self.length = os.fstat(self._file.descriptor().fd).st_size
+        file = self._file.descriptor()
+        self.length = os.fstat(file.fd).st_size
         self.close = weakref.finalize(self, _drop_file, self._name, self._file, os.getpid())
 
     @property
@@ -143,7 +152,7 @@ class FileSource:
         return self._file.descriptor()
 
     def read(self, offset: int, size: int) -> bytes:
-        return _read_all(self._file.descriptor().fd, offset, size, self.path)
+        return _read_all(self._file.descriptor(), offset, size, self.path)
 
     def give(self, take: Callable[[str], None]) -> None:
         """Have `take(path)` move the file away. It can be read here as before: it keeps a second name.
@@ -187,11 +196,16 @@ def _drop_file(name: _Name, file: Reopened, pid: int) -> None:
     file.close()
     name.only = None
     if os.getpid() == pid:  # a forked child has the same object, but the file is not its own
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # (it may be a commit that ends here: what is left is swept some day)
             os.unlink(name.path)
 
 
-def _read_all(fd: int, offset: int, size: int, what: object) -> bytes:
+def _read_all(file: Descriptor, offset: int, size: int, what: object) -> bytes:
+    """Of a file, which stays open meanwhile."""
+    return _read(file.fd, offset, size, what)
+
+
+def _read(fd: int, offset: int, size: int, what: object) -> bytes:
     parts, want = [], size
     while want:
         try:
@@ -241,7 +255,7 @@ class SegmentSource:
 
     def read(self, offset: int, size: int) -> bytes:
         if not self._inline:
-            return _read_all(self._opened().fd, offset, size, self)
+            return _read_all(self._opened(), offset, size, self)
         data = self._data
         if data is None:
             data = self._data = self._reader.load_inline(self._oid, self.length, self._checksum, self)
@@ -251,7 +265,8 @@ class SegmentSource:
         """Raise `LoadError` if the file is shorter than it should be by now."""
         if self._inline:
             return
-        size = os.fstat(self._opened().fd).st_size
+        file = self._opened()
+        size = os.fstat(file.fd).st_size
         if size < self.length:
             raise LoadError(f"{self} has only {size} bytes left: its file was truncated")
 
@@ -304,11 +319,19 @@ class SegmentReader:
         """The bytes of an `InlineSegment`, checked."""
         record, _ = self._load(oid, what)
         unpickler = PersistentUnpickler(_find_class, lambda ref: ref, io.BytesIO(record))
-        unpickler.load()  # the class
-        (data,) = unpack_state(InlineSegment, unpickler.load(), 1)
+        segment = InlineSegment.__new__(InlineSegment)
+        segment._p_oid = oid
+        try:
+            unpickler.load()  # the class
+            segment.__setstate__(unpickler.load())
+        except ZBigError:
+            raise
+        except Exception as e:  # whatever unpickling junk raises
+            raise LoadError(f"the record of {what} is damaged: {type(e).__name__}: {e}") from e
+        data = segment.data
         if len(data) != length or checksum(data) != expected:
             raise LoadError(f"{what} is damaged: its {len(data)} bytes do not have the checksum stored beside it")
-        return bytes(data)
+        return data
 
     def _blob_serial(self, identity: _Identity, what: object) -> bytes:
         serial = self._serials.get(identity)
@@ -342,35 +365,93 @@ class SegmentReader:
             serial = self._blob_serial(identity, what)
             try:
                 path = self._call(self._storage.loadBlob, oid, serial)
-                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # (of a pipe, it would wait)
             except Exception as e:  # as in _load
                 if last_try:
                     raise LoadError(f"cannot open the file of {what}: {type(e).__name__}: {e}") from e
                 self._serials.pop(identity, None)  # undo and pack may have put another revision in its place
                 close_unused()  # or it was for want of a descriptor
                 continue
-            problem = self._problem(fd, identity)
+            try:
+                problem = self._problem(fd, identity)
+            except BaseException:
+                os.close(fd)
+                raise
             if problem is None:
                 return fd
             os.close(fd)
             if last_try or not self._downloads():
                 raise LoadError(f"the file of {what}, {path!r}, {problem}")
-            os.unlink(path)  # ZEO appends to a stale partial download and serves it: fetch it again
+            _remove(path, what)  # ZEO appends to a stale partial download and serves it: fetch it again
         raise AssertionError
+
+    def verify(self, ref: SegmentRef, progress: Callable[[int], object]) -> None:
+        """Read all of a segment and compare it with its length and checksum; what is fetched for that is not kept.
+
+        Parameters
+        ----------
+        progress
+            Called with the numbers of bytes that were read.
+
+        Raises
+        ------
+        LoadError, FormatError
+            Says what is wrong.
+        """
+        oid, what = ref.key, self.source(ref)
+        identity = (oid, ref.length, ref.checksum)
+        if ref.inline:
+            progress(len(self.load_inline(oid, ref.length, ref.checksum, what)))
+            return
+        kept = self.blob_is_local(identity)
+        self._verified.discard(identity)
+        fd = self.open_blob(oid, ref.length, ref.checksum, what)
+        try:
+            if self._downloads():  # then it has just been looked at
+                progress(ref.length)
+            elif _digest(fd, ref.length, what, progress) != ref.checksum:
+                raise LoadError(f"the file of {what} does not have the checksum stored beside it")
+        finally:
+            os.close(fd)
+            if not kept:
+                self._verified.discard(identity)
+                with contextlib.suppress(OSError):
+                    os.unlink(self._storage.fshelper.getBlobFilename(oid, self._serials[identity]))
 
     def _problem(self, fd: int, identity: _Identity) -> str | None:
         _, length, expected = identity
-        size = os.fstat(fd).st_size
-        if size != length:
-            return f"has {size} bytes where {length} were stored"
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
+            return "is no ordinary file"
+        if found.st_size != length:
+            return f"has {found.st_size} bytes where {length} were stored"
         if self._downloads() and identity not in self._verified:
-            digest = xxhash.xxh3_64()
-            for at in range(0, length, 8 << 20):
-                digest.update(os.pread(fd, 8 << 20, at))
-            if digest.intdigest() != expected:
+            if _digest(fd, length, "it", lambda _: None) != expected:
                 return "does not have the checksum stored beside it"
             self._verified.add(identity)
         return None
+
+
+def _digest(fd: int, length: int, what: object, progress: Callable[[int], object]) -> int:
+    """The checksum of a file, which is not kept in memory."""
+    digest = xxhash.xxh3_64()
+    for at in range(0, length, _STEP):
+        size = min(_STEP, length - at)
+        digest.update(_read(fd, at, size, what))
+        progress(size)
+    return int(digest.intdigest())
+
+
+def _remove(path: str, what: object) -> None:
+    try:
+        try:
+            os.unlink(path)
+        except IsADirectoryError:
+            os.rmdir(path)
+    except FileNotFoundError:
+        pass  # somebody else has
+    except OSError as e:
+        raise LoadError(e.errno, f"cannot remove the damaged copy of {what}, {path!r}: {e.strerror}") from e
 
 
 def _load_undone(storage: Any, oid: bytes) -> tuple[bytes, bytes]:

@@ -15,15 +15,28 @@ from typing import Any
 
 import numpy as np
 from persistent import Persistent
-from ZODB.POSException import ConflictError
+from ZODB import POSException
+from ZODB.blob import Blob
+from ZODB.POSException import ConflictError, POSError, POSKeyError
 
-from dask_zbig.errors import FormatError
+from dask_zbig.errors import FormatError, ZBigError
 from dask_zbig.storage import extents as ex
-from dask_zbig.storage.format import FANOUT, LEAF_BYTES, VERSION, unpack_state
+from dask_zbig.storage.format import FANOUT, LEAF_BYTES, MAX_DEPTH, VERSION, broken, name_of, unpack_state
 from dask_zbig.storage.leafstate import MOVED, NOT_MOVED, LeafState, Move, merge_leaves
-from dask_zbig.storage.segment import SegmentRef
+from dask_zbig.storage.segment import GoneError, InlineSegment, SegmentRef
 
-__all__ = ["ExtentLeaf", "ExtentNode", "Journal", "Truncation", "ZBigFile", "node_bytes", "on_store", "watch"]
+__all__ = [
+    "ExtentLeaf",
+    "ExtentNode",
+    "Journal",
+    "Truncation",
+    "ZBigFile",
+    "checked",
+    "load",
+    "node_bytes",
+    "on_store",
+    "watch",
+]
 
 _KEY = np.dtype("<u2")
 #: A resize makes this many leaves ahead (4 GiB): writers of different bytes conflict only where both would
@@ -31,6 +44,9 @@ _KEY = np.dtype("<u2")
 LEAVES_AHEAD = 64
 #: A leaf notes where this many runs of bytes were before they were joined; of more it does not.
 MAX_MOVED = 64
+
+#: What later versions of ZODB make of it.
+_StateLoadError: Any = getattr(POSException, "StateLoadError", ())
 
 _watchers: weakref.WeakKeyDictionary[Any, Callable[[], None]] = weakref.WeakKeyDictionary()
 _storers: weakref.WeakKeyDictionary[Any, Callable[[Any], None]] = weakref.WeakKeyDictionary()
@@ -52,6 +68,34 @@ def on_store(file: ZBigFile, callback: Callable[[Any], None]) -> None:
 def node_bytes(level: int) -> int:
     """Bytes covered by one child of a node of this level."""
     return int(LEAF_BYTES * FANOUT ** (level - 1))
+
+
+def load(obj: Any) -> None:
+    """Load an object's state, if it is a ghost.
+
+    Raises
+    ------
+    GoneError
+        If the database does not have it (any more).
+    FormatError
+        If what the database has is not its state.
+    """
+    try:
+        obj._p_activate()
+    except POSKeyError as e:
+        raise GoneError(f"cannot load {name_of(obj)}: the database does not have it (any more)") from e
+    except _StateLoadError as e:
+        if isinstance(e.__cause__, ZBigError):
+            raise e.__cause__ from None
+        raise _unreadable(obj, e.__cause__) from e
+    except (ZBigError, POSError, OSError):
+        raise
+    except Exception as e:  # whatever unpickling junk raises
+        raise _unreadable(obj, e) from e
+
+
+def _unreadable(obj: Any, why: BaseException | None) -> FormatError:
+    return broken(obj, f"has a record that cannot be read: {type(why).__name__}: {why}")
 
 
 class _Watched(Persistent):  # type: ignore[misc]
@@ -79,6 +123,9 @@ class ExtentLeaf(_Watched):
 
     def __setstate__(self, state: Any) -> None:
         loaded = LeafState.unpack(self, state)
+        for ref in loaded.refs:
+            if not isinstance(ref.obj, (InlineSegment, Blob)):
+                raise broken(self, f"refers to a {type(ref.obj).__name__} as a segment")
         self.extents, self.refs, self.move = loaded.extents, loaded.refs, loaded.move
 
     def splice(self, new: ex.Extents, refs: Sequence[SegmentRef]) -> None:
@@ -150,8 +197,17 @@ class ExtentNode(_Watched):
         return (VERSION, self.level, np.array(keys, _KEY).tobytes(), tuple(self.children[k] for k in keys))
 
     def __setstate__(self, state: Any) -> None:
-        self.level, keys, children = _decode_node(self, state)
+        level, keys, children = _decode_node(self, state)
+        below = ExtentLeaf if level == 1 else ExtentNode
+        if not all(isinstance(child, below) for child in children):
+            raise broken(self, f"of level {level} has a child that is no {below.__name__}")
+        self.level = level
         self.children = dict(zip(keys, children, strict=True))
+
+    def child(self, key: int) -> Any:
+        """The child of this key, or None; if it is a node, then loaded, and of the right level."""
+        child = self.children.get(key)
+        return child if child is None or self.level == 1 else _of_level(child, self.level - 1)
 
     def put(self, key: int, child: Any) -> None:
         """Add or replace a child."""
@@ -187,11 +243,31 @@ class ExtentNode(_Watched):
 def _decode_node(node: ExtentNode, state: Any) -> tuple[int, list[int], tuple[Any, ...]]:
     level, packed, children = unpack_state(node, state, 3)
     if not isinstance(packed, bytes) or len(packed) % _KEY.itemsize or not isinstance(children, tuple):
-        raise FormatError(f"ExtentNode {node._p_oid!r} has fields of wrong types or sizes")
+        raise broken(node, "has fields of wrong types or sizes")
+    if type(level) is not int or not 1 <= level <= MAX_DEPTH:
+        raise broken(node, f"is of level {level!r}")
     keys = np.frombuffer(packed, _KEY).tolist()
     if len(keys) != len(children) or any(a >= b for a, b in itertools.pairwise([*keys, FANOUT])):
-        raise FormatError(f"ExtentNode {node._p_oid!r} has the keys {keys[:8]}... for {len(children)} children")
+        raise broken(node, f"has the keys {keys[:8]}... for {len(children)} children")
     return level, keys, children
+
+
+def checked(leaf: ExtentLeaf, index: int) -> ExtentLeaf:
+    """A leaf, loaded. Raises `FormatError` if its extents are not those of the leaf of this index.
+
+    (No method: to ask a ghost for one loads it.)
+    """
+    load(leaf)
+    if len(leaf.extents) and int(leaf.extents["start"][0]) // LEAF_BYTES != index:
+        raise broken(leaf, f"is leaf {index} of its file, but its extents begin at {leaf.extents['start'][0]}")
+    return leaf
+
+
+def _of_level(node: ExtentNode, level: int) -> ExtentNode:
+    load(node)
+    if node.level != level:  # (else a node could be its own child)
+        raise broken(node, f"is of level {node.level}, in the place of one of level {level}")
+    return node
 
 
 class Truncation(Persistent):  # type: ignore[misc]
@@ -204,7 +280,10 @@ class Truncation(Persistent):  # type: ignore[misc]
         return (VERSION, self.count)
 
     def __setstate__(self, state: Any) -> None:
-        (self.count,) = unpack_state(self, state, 1)
+        (count,) = unpack_state(self, state, 1)
+        if not isinstance(count, int):
+            raise broken(self, f"has counted to {count!r}")
+        self.count = count
 
 
 class Journal(Persistent):  # type: ignore[misc]
@@ -219,7 +298,13 @@ class Journal(Persistent):  # type: ignore[misc]
         return (VERSION, self.jobs)
 
     def __setstate__(self, state: Any) -> None:
-        (self.jobs,) = unpack_state(self, state, 1)
+        self.jobs = self._unpack(state)
+
+    def _unpack(self, state: Any) -> tuple[str, ...]:
+        (jobs,) = unpack_state(self, state, 1)
+        if not isinstance(jobs, tuple) or not all(isinstance(job, str) for job in jobs):
+            raise broken(self, "has jobs that are no names")
+        return jobs
 
     def add(self, job: str) -> None:
         """Note that `job` is published by this transaction."""
@@ -227,7 +312,7 @@ class Journal(Persistent):  # type: ignore[misc]
 
     def _p_resolveConflict(self, old: Any, committed: Any, new: Any) -> Any:
         """Two jobs may be published at a time; one job may not be published twice."""
-        before, theirs, ours = (unpack_state(self, s, 1)[0] for s in (old, committed, new))
+        before, theirs, ours = (self._unpack(s) for s in (old, committed, new))
         added = [j for j in ours if j not in before]
         if any(j in theirs for j in added):
             raise ConflictError(f"one of the jobs {added} has been published by another transaction")
@@ -250,14 +335,21 @@ class ZBigFile(_Watched):
         return (VERSION, self.depth, self.root, self.truncation, self.journal)
 
     def __setstate__(self, state: Any) -> None:
-        self.depth, self.root, self.truncation, self.journal = unpack_state(self, state, 4)
+        depth, root, truncation, journal = unpack_state(self, state, 4)
+        if type(depth) is not int or not 0 <= depth <= MAX_DEPTH:
+            raise broken(self, f"has a map of depth {depth!r}")
+        if not isinstance(root, ExtentNode if depth else (ExtentLeaf, type(None))):
+            raise broken(self, f"has a {type(root).__name__} as the root of a map of depth {depth}")
+        if not isinstance(truncation, Truncation) or not isinstance(journal, Journal):
+            raise broken(self, "has fields of wrong types")
+        self.depth, self.root, self.truncation, self.journal = depth, root, truncation, journal
 
     # -- reading
 
     def nodes(self, lo: int, hi: int) -> Iterator[tuple[ExtentNode, int, int]]:
         """The nodes that cover bytes of [lo, hi), with the bytes each covers: watched, they tell of new leaves."""
-        if self.depth and self.root is not None:
-            yield from _nodes(self.root, 0, lo, hi)
+        if self.depth:
+            yield from _nodes(self._top(), 0, lo, hi)
 
     def leaves(self, lo: int, hi: int) -> Iterator[tuple[int, ExtentLeaf]]:
         """The existing leaves that cover bytes of [lo, hi), by ascending index."""
@@ -267,7 +359,11 @@ class ZBigFile(_Watched):
             if lo < LEAF_BYTES and hi > 0:
                 yield 0, self.root
             return
-        yield from _leaves(self.root, 0, lo, hi)
+        yield from _leaves(self._top(), 0, lo, hi)
+
+    def _top(self) -> Any:
+        """The root, if it is a node then of the right level."""
+        return _of_level(self.root, self.depth) if self.depth else self.root
 
     # -- changing
 
@@ -299,10 +395,10 @@ class ZBigFile(_Watched):
         """The leaf of this index, made if need be."""
         while self.root is None or (index >= FANOUT**self.depth):
             self._deepen()
-        node = self.root
+        node = self._top()
         for level in range(self.depth, 0, -1):
             key = index // FANOUT ** (level - 1) % FANOUT
-            child = node.children.get(key)
+            child = node.child(key)
             if child is None:
                 child = ExtentLeaf() if level == 1 else ExtentNode(level - 1)
                 node.put(key, child)
@@ -312,31 +408,34 @@ class ZBigFile(_Watched):
     def truncate(self, size: int) -> None:
         """Cut off everything from byte `size` on: one path of the tree, whatever its size."""
         self.truncation.count += 1
-        node, base = self.root, 0
+        node, base = self._top(), 0
         for level in range(self.depth, 0, -1):
             span = node_bytes(level)
             key = (size - base) // span
             node.cut(key + 1)
             base += key * span
-            node = node.children.get(key)
+            node = node.child(key)
             if node is None:
                 return
         if node is not None:
-            node.cut(size, base + LEAF_BYTES)
+            checked(node, base // LEAF_BYTES).cut(size, base + LEAF_BYTES)
 
     def ends_by(self, size: int) -> bool:
         """Whether nothing is stored from byte `size` on. Looks along one path of the tree."""
-        node, base = self.root, 0
+        node, base = self._top(), 0
         for level in range(self.depth, 0, -1):
             span = node_bytes(level)
             key = (size - base) // span
             if any(k > key for k in node.children):
                 return False
             base += key * span
-            node = node.children.get(key)
+            node = node.child(key)
             if node is None:
                 return True
-        return node is None or not len(node.extents) or int(node.extents["stop"][-1]) <= size
+        if node is None:
+            return True
+        extents = checked(node, base // LEAF_BYTES).extents
+        return not len(extents) or int(extents["stop"][-1]) <= size
 
     def clear(self) -> None:
         """Forget everything. For a file that is not stored."""
@@ -351,18 +450,18 @@ def _nodes(node: ExtentNode, base: int, lo: int, hi: int) -> Iterator[tuple[Exte
     if node.level == 1:
         return
     span = node_bytes(node.level)
-    for key, child in sorted(node.children.items()):
+    for key in sorted(node.children):
         if base + key * span < hi and base + (key + 1) * span > lo:
-            yield from _nodes(child, base + key * span, lo, hi)
+            yield from _nodes(node.child(key), base + key * span, lo, hi)
 
 
 def _leaves(node: ExtentNode, base: int, lo: int, hi: int) -> Iterator[tuple[int, ExtentLeaf]]:
     span = node_bytes(node.level)
-    for key, child in sorted(node.children.items()):
+    for key in sorted(node.children):
         at = base + key * span
         if at >= hi or at + span <= lo:
             continue
         if node.level == 1:
-            yield at // LEAF_BYTES, child
+            yield at // LEAF_BYTES, node.children[key]
         else:
-            yield from _leaves(child, at, lo, hi)
+            yield from _leaves(node.child(key), at, lo, hi)

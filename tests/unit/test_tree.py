@@ -14,9 +14,9 @@ from dask_zbig.array.zbigarray import ZBigArray
 from dask_zbig.errors import FormatError, NotStoredError
 from dask_zbig.storage import extents as ex
 from dask_zbig.storage.format import FANOUT, LEAF_BYTES, VERSION
-from dask_zbig.storage.leafstate import MOVED
+from dask_zbig.storage.leafstate import MOVED, LeafState
 from dask_zbig.storage.segment import InlineSegment, SegmentRef, checksum
-from dask_zbig.storage.tree import ExtentLeaf, ExtentNode, Journal, Truncation, ZBigFile, node_bytes
+from dask_zbig.storage.tree import ExtentLeaf, ExtentNode, Journal, Truncation, ZBigFile, checked, node_bytes
 
 N = 60  # bytes that the model looks at
 
@@ -57,8 +57,9 @@ def content(leaf, segments, base=0, size=N):
 
 
 def from_state(state):
-    leaf = ExtentLeaf()
-    leaf.__setstate__(state)
+    """As merges see it, with references in place of segments."""
+    leaf, loaded = ExtentLeaf(), LeafState.unpack(ExtentLeaf(), state)
+    leaf.extents, leaf.refs, leaf.move = loaded.extents, loaded.refs, loaded.move
     return leaf
 
 
@@ -163,11 +164,13 @@ def node_of(keys, level=1):
 
 @given(st.sets(st.integers(0, FANOUT - 1), max_size=20))
 def test_node_round_trip(keys):
-    node = node_of(keys, 3)
+    node = ExtentNode(3)
+    for key in keys:
+        node.put(key, ExtentNode(2))
     twin = ExtentNode(1)
     twin.__setstate__(node.__getstate__())
     assert twin.level == 3
-    assert {k: c.oid for k, c in twin.children.items()} == {k: k.to_bytes(8, "big") for k in keys}
+    assert twin.children == node.children
 
 
 def test_node_cut():
@@ -176,10 +179,14 @@ def test_node_cut():
     assert sorted(node.children) == [0]
 
 
+def children_in(state):
+    _, _, packed, children = state
+    return dict(zip(np.frombuffer(packed, "<u2").tolist(), children, strict=True))
+
+
 def put(state, key, oid):
-    version, level, packed, children = state
-    node = ExtentNode(level)
-    node.__setstate__((version, level, packed, children))
+    node = ExtentNode(state[1])
+    node.children = children_in(state)
     if oid is None:
         del node.children[key]
     else:
@@ -189,16 +196,15 @@ def put(state, key, oid):
 
 def test_node_conflicts():
     old = node_of([0, 1]).__getstate__()
-    merged = ExtentNode(1)
-    merged.__setstate__(ExtentNode(1)._p_resolveConflict(old, put(old, 7, b"theirs__"), put(old, 3, b"ours____")))
-    assert {k: c.oid for k, c in merged.children.items()} == {
+    merged = children_in(ExtentNode(1)._p_resolveConflict(old, put(old, 7, b"theirs__"), put(old, 3, b"ours____")))
+    assert {k: c.oid for k, c in merged.items()} == {
         0: bytes(8),
         1: b"\0" * 7 + b"\1",
         3: b"ours____",
         7: b"theirs__",
     }
-    merged.__setstate__(ExtentNode(1)._p_resolveConflict(old, put(old, 1, None), put(old, 3, b"ours____")))
-    assert sorted(merged.children) == [0, 3]
+    merged = children_in(ExtentNode(1)._p_resolveConflict(old, put(old, 1, None), put(old, 3, b"ours____")))
+    assert sorted(merged) == [0, 3]
     for theirs, ours in [(b"theirs__", b"ours____"), (None, b"ours____"), (b"theirs__", None)]:
         with pytest.raises(ConflictError):
             ExtentNode(1)._p_resolveConflict(old, put(old, 1, theirs), put(old, 1, ours))
@@ -315,13 +321,13 @@ def test_a_new_file_cannot_be_pickled():
 # -- what is damaged, or of another version, is refused by name
 
 GOOD = {
-    ZBigFile: (VERSION, 0, None, None, None),
+    ZBigFile: (VERSION, 0, None, Truncation(), Journal()),
     Truncation: (VERSION, 0),
     Journal: (VERSION, ()),
     ExtentNode: (VERSION, 1, b"", ()),
     ExtentLeaf: (VERSION, b"", b"", (), b"", b""),
     InlineSegment: (VERSION, b"abc"),
-    ZBigArray: (VERSION, (3,), "<f8", "C", None),
+    ZBigArray: (VERSION, (3,), "<f8", "C", ZBigFile()),
 }
 
 
@@ -329,9 +335,11 @@ GOOD = {
 def test_states(cls):
     obj = cls.__new__(cls)
     obj.__setstate__(GOOD[cls])
-    with pytest.raises(FormatError, match=rf"{cls.__name__} .*version 2.*newer"):
+    with pytest.raises(FormatError, match=rf"{cls.__name__} .*newer .*version 2;"):
         cls.__new__(cls).__setstate__((2, *GOOD[cls][1:]))
-    for bad in [(*GOOD[cls], 1), GOOD[cls][:-1], (), None, {}, ("1",), b"x"]:
+    with pytest.raises(FormatError, match=rf"{cls.__name__} .*version -1"):
+        cls.__new__(cls).__setstate__((-1, *GOOD[cls][1:]))
+    for bad in [(*GOOD[cls], 1), GOOD[cls][:-1], (), None, {}, ("1",), (True, *GOOD[cls][1:]), b"x"]:
         with pytest.raises(FormatError, match=cls.__name__):
             cls.__new__(cls).__setstate__(bad)
 
@@ -344,7 +352,7 @@ def table(*lengths):
     return np.array([(n, 0) for n in lengths], "<u8,<u8").tobytes()
 
 
-ONE = (Reference(b"one_____"),)
+ONE = (InlineSegment(b"0123456789"),)
 
 
 @pytest.mark.parametrize(
@@ -391,6 +399,117 @@ def test_damaged_move(to, moved):
 def test_damaged_node(keys, count):
     with pytest.raises(FormatError, match="ExtentNode"):
         ExtentNode(1).__setstate__((VERSION, 1, np.array(keys, "<u2").tobytes(), (Reference(b"x"),) * count))
+
+
+@pytest.mark.parametrize(
+    ("level", "child"),
+    [(1, ExtentNode(1)), (2, ExtentLeaf()), (1, None), (0, ExtentLeaf()), (5, ExtentNode(4)), (True, ExtentLeaf())],
+    ids=repr,
+)
+def test_damaged_children(level, child):
+    with pytest.raises(FormatError, match=r"ExtentNode .*level"):
+        ExtentNode(1).__setstate__((VERSION, level, b"\0\0", (child,)))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        (0, ExtentNode(1), Truncation(), Journal()),
+        (1, ExtentLeaf(), Truncation(), Journal()),
+        (1, None, Truncation(), Journal()),
+        (5, ExtentNode(5), Truncation(), Journal()),
+        (-1, None, Truncation(), Journal()),
+        ("0", None, Truncation(), Journal()),
+        (0, None, Journal(), Journal()),
+        (0, None, Truncation(), None),
+    ],
+    ids=repr,
+)
+def test_damaged_file(fields):
+    with pytest.raises(FormatError, match="ZBigFile"):
+        ZBigFile().__setstate__((VERSION, *fields))
+
+
+@pytest.mark.parametrize("segment", [None, ExtentLeaf(), Reference(b"x" * 8)], ids=lambda x: type(x).__name__)
+def test_a_leaf_of_no_segments(segment):
+    with pytest.raises(FormatError, match=f"refers to a {type(segment).__name__}"):
+        ExtentLeaf().__setstate__((VERSION, rows((0, 10, 0, 0)), table(10), (segment,), b"", b""))
+
+
+def test_a_leaf_in_another_ones_place():
+    file = ZBigFile()
+    leaf = file.leaf(1)
+    leaf.splice(ex.make([(LEAF_BYTES, LEAF_BYTES + 5, 0, 0)]), [SegmentRef(InlineSegment(b"hello"), 5, 0)])
+    assert checked(leaf, 1) is leaf
+    file.root.put(0, leaf)
+    with pytest.raises(FormatError, match="is leaf 0 of its file"):
+        checked(file.leaf(0), 0)
+    file.root.cut(1)
+    with pytest.raises(FormatError, match="is leaf 0 of its file"):
+        file.ends_by(5)
+    with pytest.raises(FormatError, match="is leaf 0 of its file"):
+        file.truncate(5)
+
+
+def test_a_node_that_is_its_own_child():
+    file = ZBigFile()
+    file.leaf(FANOUT + 3)
+    file.root.put(1, file.root)
+    for use in (
+        lambda: list(file.leaves(0, 1 << 62)),
+        lambda: list(file.nodes(0, 1 << 62)),
+        lambda: file.leaf(FANOUT + 3),
+        lambda: file.ends_by((FANOUT + 3) * LEAF_BYTES),
+    ):
+        with pytest.raises(FormatError, match="ExtentNode is of level 2, in the place of one of level 1"):
+            use()
+    file.depth = 3
+    with pytest.raises(FormatError, match="is of level 2, in the place of one of level 3"):
+        list(file.leaves(0, 5))
+
+
+@pytest.mark.parametrize("count", [None, "1"])
+def test_damaged_counts(count):
+    with pytest.raises(FormatError, match="Truncation"):
+        Truncation().__setstate__((VERSION, count))
+    with pytest.raises(FormatError, match="Journal"):
+        Journal().__setstate__((VERSION, [count]))
+    with pytest.raises(FormatError, match="InlineSegment"):
+        InlineSegment(b"").__setstate__((VERSION, count))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shape": (-1,)},
+        {"shape": (2**62,)},
+        {"shape": (2**40, 2**40)},
+        {"shape": 7.5},
+        {"shape": None},
+        {"shape": ("3",)},
+        {"shape": (1,) * 65},
+        {"descr": "|O"},
+        {"descr": [("a", "|O")]},
+        {"descr": "|V0"},
+        {"descr": "nonsense"},
+        {"descr": None},
+        {"descr": (("<f8", (-1,)))},
+        {"descr": [("a",)]},
+        {"descr": ("<f8", (3,))},
+        {"descr": "T"},
+        {"order": "A"},
+        {"order": []},
+        {"file": None},
+        {"file": ExtentLeaf()},
+    ],
+    ids=repr,
+)
+def test_damaged_array(change):
+    fields = {"shape": (3,), "descr": "<f8", "order": "C", "file": ZBigFile(), **change}
+    with pytest.raises(FormatError, match="ZBigArray"):
+        ZBigArray.__new__(ZBigArray).__setstate__((VERSION, *fields.values()))
+    with pytest.raises(FormatError, match="ZBigArray"):
+        ZBigArray.__new__(ZBigArray).__setstate__((VERSION, (3,), "<f8", "C", ZBigFile(), {"_shape": (10**9,)}))
 
 
 @pytest.mark.parametrize("packed", [b"\0", 5, None], ids=repr)
