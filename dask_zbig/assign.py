@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dask_zbig.ahead import ALL, SOME
 from dask_zbig.memory._native import BLOCK, PAGE, check
 from dask_zbig.memory.space import Window
 from dask_zbig.openfile import OpenFile
@@ -65,8 +66,8 @@ def assign(
     window = _window(opened, lo, hi) if axes is not None else None
     source = _as_array(values, shape, dtype) if window is not None else None
     if axes is None or window is None or source is None:
-        view = opened.view(lo, hi, position, shape, dtype, strides) if lo < hi else np.empty(shape, dtype)
-        view[...] = values
+        view = opened.view(lo, hi, position, shape, dtype, strides, SOME) if lo < hi else np.empty(shape, dtype)
+        view.__setitem__(..., values)  # (a call: what happened in it is raised at its end)
         return
     source = np.atleast_1d(source[tuple(slice(None, None, -1 if s < 0 else 1) for s in strides)].transpose(axes))
     at = _place(opened, source)
@@ -254,7 +255,7 @@ class _Assignment:
 
     def _put(self, lo: int, hi: int, data: npt.NDArray[np.uint8]) -> None:
         if lo % PAGE or hi % PAGE:
-            self._opened.view(lo, hi, lo, (hi - lo,), data.dtype, (1,))[...] = data
+            self._opened.view(lo, hi, lo, (hi - lo,), data.dtype, (1,), ALL).__setitem__(..., data)
         elif not self._write(lo, data):
             self._write(lo, self._source.fetch(lo - self._lo, hi - self._lo))
 

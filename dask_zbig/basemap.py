@@ -19,9 +19,9 @@ from dask_zbig.memory.plan import Source
 from dask_zbig.storage import extents as ex
 from dask_zbig.storage.format import LEAF_BYTES
 from dask_zbig.storage.segment import SegmentRef
-from dask_zbig.storage.tree import ZBigFile, watch
+from dask_zbig.storage.tree import ZBigFile, checked, watch
 
-__all__ = ["BaseMap", "Leaf"]
+__all__ = ["HOLE", "BaseMap", "Leaf"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,8 @@ class Leaf:
         return ex.renumber(part, mapping), [source(self.refs[i]) for i in used.tolist()]
 
 
-_HOLE = Leaf(ex.empty(), ())
+#: What a file has where it has no leaf.
+HOLE = Leaf(ex.empty(), ())
 
 
 class BaseMap:
@@ -76,7 +77,7 @@ class BaseMap:
     def leaf(self, index: int) -> Leaf:
         """A known leaf; an empty one where the file has none."""
         with self._lock:
-            return self._leaves.get(index, _HOLE)
+            return self._leaves.get(index, HOLE)
 
     def extents(
         self, lo: int, hi: int, source: Callable[[SegmentRef], Source]
@@ -122,7 +123,8 @@ class BaseMap:
         self._learn(index * LEAF_BYTES, (index + 1) * LEAF_BYTES)
 
     def _take(self, index: int, leaf: Any) -> None:
-        loaded = Leaf(leaf.extents, leaf.refs)  # loads it
+        checked(leaf, index)  # loads it
+        loaded = Leaf(leaf.extents, leaf.refs)
         self._watch(leaf, index * LEAF_BYTES, (index + 1) * LEAF_BYTES)
         with self._lock:
             self._leaves[index] = loaded
@@ -148,6 +150,7 @@ class BaseMap:
         found = {}
         for lo, hi in ranges.tolist():
             for index, leaf in file.leaves(lo, hi):
+                checked(leaf, index)
                 found[index] = Leaf(leaf.extents, leaf.refs)
         return found
 
@@ -166,13 +169,14 @@ class BaseMap:
 
     # -- forgetting
 
-    def forget(self, lo: int, hi: int) -> dict[int, Leaf]:
-        """Forget the leaves that touch [lo, hi); returns them."""
+    def forget(self, lo: int, hi: int) -> tuple[dict[int, Leaf], npt.NDArray[np.uint64]]:
+        """Forget the leaves that touch [lo, hi); returns them, and the ranges in which these were all there are."""
         with self._lock:
             first, stop = lo // LEAF_BYTES, -(-hi // LEAF_BYTES)
             gone = [i for i in self._leaves if first <= i < stop]
-            self._known = ex.subtract(self._known, ex.one_range(first * LEAF_BYTES, stop * LEAF_BYTES))
-            return {i: self._leaves.pop(i) for i in gone}
+            known = ex.intersect(self._known, ex.one_range(first * LEAF_BYTES, stop * LEAF_BYTES))
+            self._known = ex.subtract(self._known, known)
+            return {i: self._leaves.pop(i) for i in gone}, known
 
 
 def _leaf_range(lo: int, hi: int) -> npt.NDArray[np.uint64]:

@@ -1,8 +1,9 @@
 """What a user may set, read from Dask's configuration under the name ``zbig``.
 
-Every option and its default is in :data:`OPTIONS`, and nowhere else. Dask takes values from its YAML
-files, from the environment (``DASK_ZBIG__LOAD_TIMEOUT=60``) and from ``dask.config.set``; so a cluster's
-workers are configured the way Dask users already know::
+Every option and its default is in :data:`OPTIONS`, and nowhere else: ``zbig.yaml`` beside this file, for users to copy
+to ``~/.config/dask/``, is made of it, which a test checks. Dask takes values from its YAML files, from the environment
+(``DASK_ZBIG__LOAD_TIMEOUT=60``) and from ``dask.config.set``; so a cluster's workers are configured the way Dask users
+already know::
 
     zbig:
       load-timeout: 60 s
@@ -12,6 +13,8 @@ workers are configured the way Dask users already know::
 
 from __future__ import annotations
 
+import json
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, overload
@@ -19,7 +22,9 @@ from typing import Any, Literal, overload
 import dask.config
 from dask.utils import parse_bytes, parse_timedelta
 
-__all__ = ["OPTIONS", "Option", "get"]
+from dask_zbig.errors import OptionError
+
+__all__ = ["OPTIONS", "Option", "defaults_yaml", "get"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +54,20 @@ def _directory(value: Any) -> str | None:
     return None if value is None else str(value)
 
 
+def _text(value: Any) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise ValueError("it must be text")
+    return value
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("it must be true or false")
+    return value
+
+
 def _texts(value: Any) -> dict[str, str]:
     if value is None:
         return {}
@@ -70,6 +89,15 @@ OPTIONS: dict[str, Option] = {
     "lease-seconds": Option(
         "24 h", _seconds, "how long data that was staged but not published outlives whoever works at it"
     ),
+    "tls.ca-file": Option(
+        None, _text, "a file, or directory, of certificates that a server's must be one of or signed by"
+    ),
+    "tls.certificate": Option(None, _text, "the file of this process's certificate, for zeo:// by TCP"),
+    "tls.key": Option(None, _text, "the file of its key; None: it is in the file of the certificate"),
+    "tls.key-password": Option(
+        None, _text, "where the key's password is: env:NAME, file:PATH or command:...; never the password"
+    ),
+    "tls.require": Option(False, _flag, "whether ZEO servers are never to be reached by TCP without TLS"),
 }
 """Every option by its name below ``zbig``."""
 
@@ -82,6 +110,10 @@ def get(name: Literal["inline-limit"]) -> int: ...
 def get(name: Literal["scratch-directory"]) -> str | None: ...
 @overload
 def get(name: Literal["database-uris"]) -> dict[str, str]: ...
+@overload
+def get(name: Literal["tls.ca-file", "tls.certificate", "tls.key", "tls.key-password"]) -> str | None: ...
+@overload
+def get(name: Literal["tls.require"]) -> bool: ...
 def get(name: str) -> Any:
     """Return the present value of an option.
 
@@ -99,7 +131,7 @@ def get(name: str) -> Any:
     ------
     KeyError
         There is no such option.
-    ValueError
+    OptionError
         The configuration holds a value that cannot be read; the message names the option.
 
     Notes
@@ -117,4 +149,50 @@ def get(name: str) -> Any:
         return option.read(value)
     except (ValueError, TypeError, KeyError) as error:
         # not the value: an option may hold a URI with a password in it
-        raise ValueError(f"the option zbig.{name} ({option.doc}) cannot be read: {error}") from None
+        raise OptionError(f"the option zbig.{name} ({option.doc}) cannot be read: {error}") from None
+
+
+def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """``{"a.b": 1}`` as ``{"a": {"b": 1}}``."""
+    tree: dict[str, Any] = {}
+    for name, value in values.items():
+        *above, last = name.split(".")
+        place = tree
+        for part in above:
+            place = place.setdefault(part, {})
+        place[last] = value
+    return tree
+
+
+def defaults_yaml() -> str:
+    """The text of ``zbig.yaml``: all defaults, with what they mean.
+
+    Examples
+    --------
+    >>> print(defaults_yaml().splitlines()[3])
+    zbig:
+    """
+    lines = [
+        "# The options of dask_zbig and their defaults. What you change goes to ~/.config/dask/zbig.yaml, to another",
+        "# place of Dask's configuration, or to the environment: DASK_ZBIG__LOAD_TIMEOUT=60. `dask-zbig config` shows",
+        "# what is in force. (Made of dask_zbig.config.OPTIONS, by `dask-zbig config --yaml`.)",
+        "zbig:",
+    ]
+
+    def write(tree: dict[str, Any], prefix: str, indent: str) -> None:
+        for key, value in tree.items():
+            name = f"{prefix}{key}"
+            if name in OPTIONS:
+                wrapped = textwrap.wrap(OPTIONS[name].doc, 100)
+                lines.extend(f"{indent}# {line}" for line in wrapped)
+                lines.append(f"{indent}{key}: {'null' if value is None else json.dumps(value)}")
+            else:
+                lines.append(f"{indent}{key}:")
+                write(value, f"{name}.", f"{indent}  ")
+
+    write(_nested({name: option.default for name, option in OPTIONS.items()}), "", "  ")
+    return "\n".join(lines) + "\n"
+
+
+# As Dask's own libraries do: so that `dask config list` shows the options, and misspelt ones can be told.
+dask.config.update_defaults({"zbig": _nested({name: option.default for name, option in OPTIONS.items()})})

@@ -26,7 +26,19 @@ if TYPE_CHECKING:
     from transaction.interfaces import ITransactionManager
     from ZODB.Connection import Connection
 
-__all__ = ["Location", "database", "has_blobs", "locate", "location", "open", "open_at", "register", "snapshot", "sync"]
+__all__ = [
+    "Location",
+    "database",
+    "has_blobs",
+    "locate",
+    "location",
+    "open",
+    "open_at",
+    "open_here",
+    "register",
+    "snapshot",
+    "sync",
+]
 
 
 def open(where: str | os.PathLike[str], **db_options: Any) -> ZODB.DB:
@@ -135,6 +147,11 @@ def database(location: Location) -> ZODB.DB:
     return _registry.find(location.alias) or _registry.opened(location.alias, lambda: _open_lazily(location))
 
 
+def open_here(alias: str) -> ZODB.DB | None:
+    """Return the database of an alias that this process has open, or None."""
+    return _registry.find(alias)
+
+
 def locate(where: str) -> Location:
     """Return the location of what a path, URI or ZConfig text names, opened here if it is not.
 
@@ -241,16 +258,29 @@ def has_blobs(conn: Connection) -> bool:
 
 
 def sync(db: ZODB.DB) -> None:
+    """Have the database hear of what was committed elsewhere.
+
+    Raises
+    ------
+    DatabaseUnavailableError
+        The server does not answer.
+    ClosedError
+        The database is closed.
+    """
     from ZEO.Exceptions import ClientDisconnected
 
-    storage = db.storage
+    storage = vars(db).get("storage")
     try:
         if getattr(storage, "ping", None) is not None:
             storage.ping()  # the answer comes after every invalidation that the server sent before it
         elif hasattr(storage, "poll_invalidations"):
             storage.sync()
             storage.poll_invalidations()
+        elif storage is None or hasattr(storage, "ping"):  # (ZEO takes the method away)
+            raise ClosedError(f"the database {db.database_name!r} is closed")
     except ClientDisconnected as error:
+        if not _is_open(db):
+            raise ClosedError(f"the database {db.database_name!r} is closed") from error
         raise DatabaseUnavailableError(f"the server of {location(db).alias} does not answer") from error
 
 

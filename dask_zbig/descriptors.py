@@ -21,7 +21,11 @@ KEPT = 64
 
 
 class Descriptor:
-    """An open file; closed when the last reference to this object goes."""
+    """An open file; closed when the last reference to this object goes.
+
+    So write ``file = source.descriptor(); use(file.fd)``. In ``use(source.descriptor().fd)`` nobody refers to it any
+    more: another thread closes it, and opens another file, which gets the number.
+    """
 
     __slots__ = ("__weakref__", "fd")
 

@@ -8,6 +8,8 @@ ZODB already knows.
 
 from __future__ import annotations
 
+from ZODB.POSException import POSError
+
 __all__ = [
     "ClosedError",
     "CopyError",
@@ -19,6 +21,7 @@ __all__ = [
     "IndexingError",
     "LoadError",
     "NotStoredError",
+    "OptionError",
     "OutcomeUnknownError",
     "PickleError",
     "PublishError",
@@ -57,8 +60,11 @@ class WindowError(ZBigError, MemoryError):
     """No address range (or no mapping) could be had for a view."""
 
 
-class FormatError(ZBigError, ValueError):
-    """A stored object has an unknown format version, or a state that breaks the format's rules."""
+class FormatError(ZBigError, ValueError, POSError):  # type: ignore[misc]
+    """A stored object has an unknown format version, or a state that breaks the format's rules.
+
+    (It is ZODB's POSError too, so that ZODB lets it through when it meets such an object.)
+    """
 
 
 class DTypeError(ZBigError, TypeError):
@@ -99,6 +105,10 @@ class SnapshotError(ZBigError, LookupError):
 
 class DatabaseURIError(ZBigError, ValueError):
     """Text that names no database: an unknown scheme, or settings that cannot be read."""
+
+
+class OptionError(ZBigError, ValueError):
+    """An option of the configuration has a value that cannot be read."""
 
 
 class DatabaseUnavailableError(ZBigError, RuntimeError):

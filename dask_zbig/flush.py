@@ -5,6 +5,7 @@ Called while a transaction commits, before the storage's commit lock is taken.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -26,10 +27,11 @@ from dask_zbig.segmentwriter import (
 from dask_zbig.storage import extents as ex
 from dask_zbig.storage.compaction import BLOB_BYTES, to_join
 from dask_zbig.storage.format import LEAF_BYTES
-from dask_zbig.storage.segment import BytesSource
+from dask_zbig.storage.segment import BytesSource, SegmentRef
+from dask_zbig.storage.tree import ZBigFile, checked
 from dask_zbig.trim import compose, torn, trim
 
-__all__ = ["flush"]
+__all__ = ["flush", "guard_truncation", "join_segments"]
 
 #: Holes up to this size are filled when their neighbours are joined.
 BRIDGE = 64
@@ -56,9 +58,13 @@ def _trimmed(file: OpenFile, changes: Changes) -> npt.NDArray[np.void]:
         file.resolve(lo, hi)
         base, base_sources = file.content(lo, hi, base_only=True)
         part = ex.clip(todo, lo, hi)
-        # What was written without a look at the old bytes need not be compared if these would have to be fetched.
-        far = [i for i in ex.used(base).tolist() if not base_sources[i].local()] if len(changes.written) else []
-        unseen = ex.intersect(changes.written, ex.covered(base[np.isin(base["segment"], far)]))
+        # What was written without a look at the old bytes need not be compared if these would have to be fetched. Nor
+        # with a hole: zeros that are among the new bytes would only cut them into pieces.
+        unseen = ex.no_ranges()
+        if len(changes.written):
+            far = [i for i in ex.used(base).tolist() if not base_sources[i].local()]
+            there = ex.covered(base[~np.isin(base["segment"], far)])
+            unseen = ex.intersect(changes.written, ex.subtract(ex.one_range(lo, hi), there))
         parts.append(ex.restrict(part, unseen))
         rest = ex.restrict(part, ex.subtract(ex.one_range(lo, hi), unseen))
         parts.append(trim(rest, changes.sources, base, base_sources, file.owner.granule))
@@ -102,20 +108,20 @@ def flush(file: OpenFile, target: Target) -> None:
         {i for lo, hi in ex.covered(extents).tolist() for i in range(lo // LEAF_BYTES, (hi - 1) // LEAF_BYTES + 1)}
     )
     for index in touched:
-        leaf = file.file.leaf(index)
+        leaf = checked(file.file.leaf(index), index)
         part = ex.clip(extents, index * LEAF_BYTES, (index + 1) * LEAF_BYTES)
         used = ex.used(part)
         mapping = np.zeros(len(refs), np.int64)
         mapping[used] = np.arange(len(used))
         leaf.splice(ex.renumber(part, mapping), [refs[i] for i in used.tolist()])
         _compact(file, leaf, target)
-    _guard_truncation(file, target.connection)
+    guard_truncation(file.file, target.connection)
     file.spliced(touched)
 
 
-def _guard_truncation(file: OpenFile, connection: Any) -> None:
+def guard_truncation(file: ZBigFile, connection: Any) -> None:
     """A concurrent truncation might take the very leaf away: then this commit must conflict."""
-    truncation = file.file.truncation
+    truncation = file.truncation
     if truncation._p_oid is not None and truncation._p_jar is connection and not truncation._p_changed:
         truncation._p_activate()
         if truncation._p_serial is not None:
@@ -125,12 +131,26 @@ def _guard_truncation(file: OpenFile, connection: Any) -> None:
 def _compact(file: OpenFile, leaf: Any, target: Target) -> None:
     """Join small segments of a leaf where there have come to be too many; see `storage.compaction`."""
     chosen = to_join(leaf.extents, leaf.refs)
-    if not chosen:
-        return
+    if chosen:
+        join_segments(leaf, chosen, file.source, target, file)
+
+
+def join_segments(
+    leaf: Any, chosen: list[int], source: Callable[[SegmentRef], Source], target: Target, file: OpenFile | None = None
+) -> None:
+    """Copy what a leaf shows of some of its segments, by their indices, into a new one.
+
+    Parameters
+    ----------
+    source
+        Where the bytes of a segment can be read.
+    file
+        Whose leaf it is, if that is open here and shall know of the new segment.
+    """
     mask = np.isin(leaf.extents["segment"], chosen)
     rows = _bridged(leaf.extents, mask, len(leaf.refs))
     moved = [(a, b, leaf.refs[i].key, offset) for a, b, i, offset in leaf.extents[mask].tolist()]
-    sources: list[Source] = [file.source(ref) if i in chosen else BytesSource(b"") for i, ref in enumerate(leaf.refs)]
+    sources: list[Source] = [source(ref) if i in chosen else BytesSource(b"") for i, ref in enumerate(leaf.refs)]
     sources.append(BytesSource(bytes(BRIDGE)))
     if target.blobs and ex.total(ex.covered(rows)) >= BLOB_BYTES:
         packer = Packer(target.scratch)

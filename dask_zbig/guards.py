@@ -5,6 +5,7 @@ Only names that these packages have had for ten years, and each on the one objec
 
 from __future__ import annotations
 
+import contextlib
 import types
 import weakref
 from collections.abc import MutableMapping
@@ -24,8 +25,8 @@ class Guarded(Protocol):
     def newTransaction(self, current: Any) -> None:  # noqa: N802 - transaction's name
         """A transaction has begun."""
 
-    def polled(self) -> None:
-        """The connection has processed invalidations."""
+    def moving(self) -> contextlib.AbstractContextManager[None]:
+        """The connection polls for invalidations and processes them."""
 
     def connection_rolled_back(self) -> None:
         """The connection is back at a savepoint."""
@@ -54,10 +55,9 @@ def guard_connection(connection: Any, managers: MutableMapping[Any, Any]) -> Non
     cls = type(connection)
 
     def new_transaction(self: Any, current: Any, sync: bool = True) -> None:
-        cls.newTransaction(self, current, sync)
         manager = managers.get(self)
-        if manager is not None and manager.current():
-            manager.polled()
+        with manager.moving() if manager is not None and manager.current() else contextlib.nullcontext():
+            cls.newTransaction(self, current, sync)
 
     def close(self: Any, primary: bool = True) -> None:
         manager = managers.get(self)

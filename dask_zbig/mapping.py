@@ -86,10 +86,16 @@ class Mapping:
             with contextlib.suppress(WindowError):  # there may still be room for what is asked
                 self._window = self.space.window(0, min(max(2 * size, BLOCK), ROOMY))
                 return self._window
+        self._window = None  # (if nobody looks at it, there is more room)
         try:
             self._window = self.space.window(lo, hi - lo)
         except WindowError as e:
             raise WindowError(f"a view of {hi - lo} bytes does not fit into the address space: {e}") from e
+        return self._window
+
+    @property
+    def present(self) -> Window | None:
+        """The window that was asked for last."""
         return self._window
 
     def rest(self) -> None:

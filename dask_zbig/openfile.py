@@ -12,7 +12,7 @@ import contextlib
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -20,10 +20,12 @@ import numpy as np
 import numpy.typing as npt
 from ZODB.POSException import ConflictError
 
-from dask_zbig.basemap import BaseMap, Leaf
+from dask_zbig.ahead import ALL, LAZY, bring, bring_writable
+from dask_zbig.basemap import HOLE, BaseMap, Leaf
 from dask_zbig.errors import ClosedError, LoadError, ZBigError
 from dask_zbig.mapping import Mapping
-from dask_zbig.memory._native import PAGE, start
+from dask_zbig.memory._native import PAGE, check, lib, start
+from dask_zbig.memory.fastpath import FastPath
 from dask_zbig.memory.loader import ensure_loaders
 from dask_zbig.memory.plan import Source
 from dask_zbig.memory.space import Generation, StaleFill
@@ -102,14 +104,18 @@ class OpenFile:
         self.mapping = Mapping(directory, self)
         self.space = self.mapping.space
         self.turn = threading.RLock()
-        self._lock = threading.RLock()  # of the tables below; never held while anything is loaded
+        self._lock = threading.RLock()  # of the tables below; no leaf is loaded while it is held
         self._base = BaseMap(file, self._lock, _weakly(self, OpenFile._stale))
-        self._superseded: dict[int, Leaf] = {}  # what dirty pages were made from, and is no more
+        self._superseded: dict[int, Leaf] = {}  # what dirty pages were made from, and is no more;
+        self._were_known = ex.no_ranges()  # in these ranges, where there was no leaf they were made from a hole
         self._poisoned = ex.no_ranges()
         self._written = ex.no_ranges()  # see Layer, of the generation
+        self._heard: list[tuple[int, int]] = []  # what becomes stale when the connection has moved
         self._cut: int | None = None  # where this transaction has truncated the file, at the lowest
         self._merged = False  # whether there came an invalidation between the flush and the end of the commit
         self._limit = -1
+        self._entered = 0  # the process in which `enter` has nothing to do any more
+        self._path: FastPath | None = None
         self._longest = 0  # that the array was when views were made
         on_store(file, _weakly(self, OpenFile._before_store))
         watch(file, _weakly(self, OpenFile._stale, 0, _END))
@@ -124,13 +130,13 @@ class OpenFile:
         shape: tuple[int, ...],
         dtype: np.dtype[Any],
         strides: tuple[int, ...],
+        most: int = LAZY,
     ) -> npt.NDArray[Any]:
-        """An ndarray onto bytes [lo, hi), what is at hand of them mapped already."""
+        """An ndarray onto bytes [lo, hi), what is at hand of them mapped already; `most`: see `ahead.bring`."""
         with self.turn:
             self.enter()
             window = self.mapping.window(lo, hi, self._limit)
-            if window.absent(lo, hi) < hi:
-                self.fill(lo, hi)
+            bring(self, window, lo, hi, most)
             window.saw(hi - lo)
             return window.view(position, shape, dtype, strides, self.writeable)
 
@@ -141,6 +147,9 @@ class OpenFile:
 
     def enter(self) -> None:
         """What every use of the array begins with."""
+        if self._entered == os.getpid():
+            check(lib.zb_handlers(), "install the SIGSEGV handler")
+            return
         self.space.check_process()
         start()
         ensure_loaders()
@@ -151,6 +160,23 @@ class OpenFile:
             self.space.set_limit(size)
             self._limit = size
             self._longest = max(size, self._longest)
+        if self.manager is not None and self.manager.joined:
+            self._entered = os.getpid()
+
+    def short(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> FastPath | None:
+        """A short way to the rows of the array, in C order, if there can be one; good until `cool`."""
+        window, size = self.mapping.present, self.owner.nbytes
+        if not (self._entered and shape and size and window is not None and window.start == 0 and size <= window.stop):
+            return None
+        self._path = FastPath(window, shape, dtype, self.writeable)
+        return self._path
+
+    def cool(self) -> None:
+        """The transaction ends, or the shape changes: what `enter` found out is to be looked at again."""
+        self._entered = 0
+        if self._path is not None:
+            self._path.cut()
+            self._path = None
 
     # -- filling
 
@@ -181,29 +207,55 @@ class OpenFile:
                     return
                 raise
 
-    def prefetch(self, lo: int, hi: int) -> None:
-        """Map all of [lo, hi) now. Raises `LoadError`."""
+    def prefetch(self, lo: int, hi: int, most: int = ALL, *, writable: bool = False) -> None:
+        """Map [lo, hi) now: see `ahead.bring`; with `writable`, see `ahead.bring_writable`."""
         with self.turn:
             self.enter()
-            if self.mapping.window(lo, hi, self._limit).absent(lo, hi) < hi:
-                self.fill(lo, hi, local_only=False)
+            window = self.mapping.window(lo, hi, self._limit)
+            if writable:
+                bring_writable(self, window, lo, hi)
+            else:
+                bring(self, window, lo, hi, most)
+
+    def lacks(self, lo: int, hi: int) -> bool:
+        """Whether something of [lo, hi) is not mapped yet."""
+        return self.mapping.window(lo, hi, self._limit).absent(lo, hi) < hi
 
     def serve(self, lo: int, hi: int, recheck: bool) -> None:
         """For loaders: fill the blocks [lo, hi)."""
         self._resolve_elsewhere(lo, hi)
         if recheck:
-            extents, sources = self.content(lo, hi)
-            for i in ex.used(extents).tolist():
-                check = getattr(sources[i], "recheck", None)
-                if check is not None:
-                    check()
+            self.recheck(lo, hi)
         self.mapping.map(self, lo, hi, False)
+
+    def recheck(self, lo: int, hi: int) -> None:
+        """Raise `LoadError` if a file that bytes of [lo, hi) come from is shorter than it was."""
+        extents, sources = self.content(lo, hi)
+        for i in ex.used(extents).tolist():
+            check = getattr(sources[i], "recheck", None)
+            if check is not None:
+                check()
 
     def failed(self, lo: int, hi: int, error: BaseException) -> None:
         """For loaders: the blocks become 0xFF; the transaction is doomed."""
         with self._lock:
             self.failure = self.failure or error
             self._poisoned = ex.union(self._poisoned, ex.one_range(lo, hi))
+        if self._path is not None:
+            self._path.cut()  # which shows what is mapped; it is for others to tell that this is not to be read
+
+    def poisoned(self, lo: int, hi: int) -> ex.Ranges:
+        """The part of [lo, hi) that could not be loaded and is 0xFF."""
+        with self._lock:
+            return ex.intersect(self._poisoned, ex.one_range(lo, hi))
+
+    def remote(self, lo: int, hi: int) -> int:
+        """How many bytes of [lo, hi) a server must be asked for; very many, if there are too many leaves to know."""
+        if self.resolve(lo, hi, EAGER_LEAVES) < hi:
+            return _END
+        extents, sources = self.content(lo, hi)
+        far = [i for i in ex.used(extents).tolist() if not sources[i].local()]
+        return ex.total(ex.covered(extents[np.isin(extents["segment"], far)]))
 
     # -- what the bytes are
 
@@ -240,42 +292,56 @@ class OpenFile:
 
     def _resolve_elsewhere(self, lo: int, hi: int) -> None:
         """As `resolve`, for loaders, which must not use the connection: by another one, at its snapshot."""
-        missing = self._base.missing(lo, hi)
-        if not len(missing):
-            return
-        epoch = self.space.epoch
-        if self.file._p_jar is None:  # it is in no database, and nothing of it needs loading
-            found = BaseMap.leaves_of(self.file, missing)
-        elif self.manager is None:
-            raise ClosedError("the connection of this array is closed")
-        else:
-            with self.manager.snapshot_connection() as other:
-                found = BaseMap.leaves_of(other.get(self.file._p_oid), missing)
-        with self._lock:
-            if self.space.epoch != epoch:
-                raise StaleFill
-            if self._cut is not None:  # which the other connection does not see
-                end = self._cut
-                found = {i: Leaf(ex.clip(leaf.extents, 0, end), leaf.refs) for i, leaf in found.items()}
-            self._base.borrow(missing, found)
+        while len(missing := self._base.missing(lo, hi)):
+            epoch, manager = self.space.epoch, self.manager
+            snapshot = None if manager is None else manager.snapshot
+            if self.file._p_jar is None:  # it is in no database, and nothing of it needs loading
+                found = BaseMap.leaves_of(self.file, missing)
+            elif manager is None:
+                raise ClosedError("the connection of this array is closed")
+            else:
+                with manager.snapshot_connection() as other:
+                    found = BaseMap.leaves_of(other.get(self.file._p_oid), missing)
+            with self._lock:
+                if self.space.epoch != epoch:
+                    raise StaleFill
+                if manager is not None and manager.snapshot != snapshot:
+                    continue  # that was of the transaction before
+                if self._cut is not None:  # which the other connection does not see
+                    end = self._cut
+                    found = {i: Leaf(ex.clip(leaf.extents, 0, end), leaf.refs) for i, leaf in found.items()}
+                self._base.borrow(missing, found)
 
     # -- boundaries
 
     def _stale(self, lo: int, hi: int) -> None:
         """An invalidation: what is known of [lo, hi) is no longer true. Loads nothing."""
+        if self.manager is not None and self.manager.moves:
+            self._heard.append((lo, hi))
+            return
         with self._lock:
             self._merged = self._merged or bool(self.flushed)
-            dirty = bool(self.layers or self.space.dirty_pages)
-            for index, old in self._base.forget(lo, hi).items():
-                if dirty:
-                    self._superseded.setdefault(index, old)
+            forgotten, known = self._base.forget(lo, hi)
             self.mapping.drop(ex.one_range(lo, hi))
+            if self.layers or self.space.dirty_pages:  # (none is made of what was dropped any more)
+                for index, old in forgotten.items():
+                    at = index * LEAF_BYTES
+                    if not len(ex.intersect(self._were_known, ex.one_range(at, at + LEAF_BYTES))):
+                        self._superseded[index] = old
+                self._were_known = ex.union(self._were_known, known)
+
+    def moved(self) -> None:
+        """The connection has moved to another snapshot, or has tried: what it heard of is stale now."""
+        self._cut = None  # a transaction that did nothing else was not dirty, and nobody has told us of its end
+        heard, self._heard = self._heard, []
+        for lo, hi in heard:
+            self._stale(lo, hi)
 
     def boundary(self) -> None:
         """The connection has moved to a new snapshot: forget what nobody told us about, map again."""
         for lo, hi in self._base.give_back():
             self._stale(lo, hi)
-        if self._superseded:
+        if len(self._were_known):
             self._reconcile()
         self.mapping.refill(self)
 
@@ -284,29 +350,38 @@ class OpenFile:
 
         Reduce them to the bytes that were changed: these lie over the new base, unless that changed them too.
         """
-        self.freeze()
-        with self._lock:
-            now, self._superseded = dict(self._superseded), {}
-        for index, old in now.items():
-            lo, hi = index * LEAF_BYTES, (index + 1) * LEAF_BYTES
-            self.resolve(lo, hi)
-            new = self._base.leaf(index)
-            theirs = ex.diff(old.extents, [r.key for r in old.refs], new.extents, [r.key for r in new.refs])
-            base, sources = old.part(lo, hi, self.source)
-            layers = []
-            for layer in self.layers:
-                inside = ex.clip(layer.extents, lo, hi)
-                if not layer.exact:
-                    inside = trim(inside, layer.sources, base, sources, self.owner.granule)
-                if len(ex.intersect(ex.covered(inside), theirs)):
-                    self.failure = ConflictError(
-                        f"bytes of an array that were changed before the transaction began (in {lo}..{hi}) were "
-                        f"changed by another transaction too"
-                    )
-                rest = ex.cut(layer.extents, lo, hi)
-                layers.append(replace(layer, extents=ex.splice(rest, inside)))
-            self.layers = tuple(layers)
-            self.mapping.drop(ex.one_range(lo, hi))
+        for index in list(self._superseded):
+            self.resolve(index * LEAF_BYTES, (index + 1) * LEAF_BYTES)
+        with self._lock:  # no loader shall show whole pages over the new base: they would be written to, and kept
+            self.freeze()
+            now, self._superseded = self._superseded, {}
+            known, self._were_known = self._were_known, ex.no_ranges()
+            changed = [ex.intersect(ex.covered(layer.extents), known) for layer in self.layers]
+            for index in sorted({i for ranges in changed for i in _leaves_in(ranges)}):
+                self._reduce(index, now.get(index, HOLE))
+
+    def _reduce(self, index: int, old: Leaf) -> None:
+        lo, hi = index * LEAF_BYTES, (index + 1) * LEAF_BYTES
+        self.resolve(lo, hi)  # (done already, but where there was no leaf)
+        new = self._base.leaf(index)
+        if not len(old.extents) and not len(new.extents):
+            return
+        theirs = ex.diff(old.extents, [r.key for r in old.refs], new.extents, [r.key for r in new.refs])
+        base, sources = old.part(lo, hi, self.source)
+        layers = []
+        for layer in self.layers:
+            inside = ex.clip(layer.extents, lo, hi)
+            if not layer.exact:
+                inside = trim(inside, layer.sources, base, sources, self.owner.granule)
+            if len(ex.intersect(ex.covered(inside), theirs)):
+                self.failure = ConflictError(
+                    f"bytes of an array that were changed before the transaction began (in {lo}..{hi}) were "
+                    f"changed by another transaction too"
+                )
+            rest = ex.cut(layer.extents, lo, hi)
+            layers.append(replace(layer, extents=ex.splice(rest, inside)))
+        self.layers = tuple(layers)
+        self.mapping.drop(ex.one_range(lo, hi))
 
     # -- changes
 
@@ -348,6 +423,7 @@ class OpenFile:
 
     def truncate(self, size: int) -> None:
         """Cut off everything from byte `size` on, of base and layers."""
+        self.cool()
         self.freeze()
         self._cut_layers(size)
         self._cut = size if self._cut is None else min(size, self._cut)
@@ -441,6 +517,7 @@ class OpenFile:
         self.mapping.drop(poisoned)
         self.mapping.note_dropped(ex.one_range(0, _END))  # wherever the pages of the generation were
         self._superseded.clear()
+        self._were_known = ex.no_ranges()
         _close(local)
         _unlink(files)
 
@@ -451,18 +528,20 @@ class OpenFile:
 
     def rollback(self, state: State) -> None:
         """Back to a savepoint at which this was the state."""
+        self.cool()
         layers, self._cut = state
-        _unlink(self.space.discard())
-        self._written = ex.no_ranges()
-        kept = {f for layer in layers for f in layer.files}
-        for layer in self.layers:
-            _unlink(f for f in layer.files if f not in kept)
         with self._lock:
-            self.layers = layers
-        self._remap(ex.one_range(0, _END))
+            gone, self.layers = self.layers, layers
+            self._written = ex.no_ranges()
+            self.mapping.drop(ex.one_range(0, _END))  # first: no write may copy a page that shows what is undone
+            files = self.space.discard()
+        kept = {f for layer in layers for f in layer.files}
+        _unlink([*files, *(f for layer in gone for f in layer.files if f not in kept)])
+        self.mapping.refill(self)
 
     def reset(self) -> None:
         """The array was new and its transaction was aborted: it is empty, and belongs to no database."""
+        self.cool()
         self.discard()
         self.file.clear()
         self._stale(0, _END)
@@ -473,6 +552,7 @@ class OpenFile:
 
     def close(self) -> None:
         """The connection is closed: what is mapped stays readable."""
+        self.cool()
         _unlink(self.space.discard())
         for layer in self.layers:
             _unlink(layer.files)
@@ -482,6 +562,7 @@ class OpenFile:
 
     def attach(self, manager: DataManager) -> None:
         """The array has got a connection."""
+        self.cool()
         self.manager = manager
         self.turn = manager.turn
         self.reader = manager.reader
@@ -492,6 +573,12 @@ class OpenFile:
         from dask_zbig.transaction import store_new
 
         store_new(self, jar)
+
+
+def _leaves_in(ranges: ex.Ranges) -> Iterator[int]:
+    """The numbers of the leaves that ranges touch."""
+    for lo, hi in ranges.tolist():
+        yield from range(lo // LEAF_BYTES, -(-hi // LEAF_BYTES))
 
 
 def _layer_of(generation: Generation, written: ex.Ranges) -> Layer:
@@ -534,5 +621,5 @@ def _close(sources: dict[Any, Source]) -> None:
 
 def _unlink(paths: Iterable[str]) -> None:
     for path in paths:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # (it may be a commit that ends here: what is left is swept some day)
             os.unlink(path)

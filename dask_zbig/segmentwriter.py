@@ -251,7 +251,8 @@ def _once(connection: Any, blob: Blob) -> None:
 
 def _sync(source: FileSource) -> None:
     try:
-        os.fsync(source.descriptor().fd)
+        file = source.descriptor()
+        os.fsync(file.fd)
     except OSError as e:
         raise ScratchError(e.errno, f"cannot sync {source.path!r}: {e.strerror}") from e
 

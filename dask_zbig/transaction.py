@@ -120,7 +120,8 @@ class DataManager:
         self.scratch = _scratch_directory(connection)
         self.reader = reader(connection.db())
         self._db = weakref.ref(connection.db())
-        self._snapshot = database.snapshot(connection)
+        self.snapshot = database.snapshot(connection)
+        self.moves = False  # see `moving`
         self.writeable = connection.before is None and not connection.isReadOnly()
         guard_connection(connection, _managers)
         watch_get(self.transaction_manager, self)
@@ -155,10 +156,13 @@ class DataManager:
 
     @contextlib.contextmanager
     def snapshot_connection(self) -> Iterator[Any]:
-        """Another connection that sees what this one does, for a loader thread."""
+        """Another connection that sees what this one does, for a loader thread.
+
+        If this one moves on meanwhile, `snapshot` is another.
+        """
         db = self._db()
         manager = transaction.TransactionManager(explicit=True)
-        connection = database.open_at(db, self._snapshot, manager)
+        connection = database.open_at(db, self.snapshot, manager)
         manager.begin()
         try:
             yield connection
@@ -239,20 +243,23 @@ class DataManager:
         for opened in list(self.files.values()):
             if opened.dirty:
                 opened.discard()
+        self._leave()
+
+    def _leave(self) -> None:
+        """The transaction is over."""
         self._transaction = None
         self._latest = None
         self._adopted.clear()
         self.flushing.clear()
+        for opened in list(self.files.values()):
+            opened.cool()
 
     # -- boundaries
 
     def afterCompletion(self, current: Any) -> None:
         """The transaction is over."""
         done = current.status == Status.COMMITTED
-        self._transaction = None
-        self._latest = None
-        self._adopted.clear()
-        self.flushing.clear()
+        self._leave()
         for file, opened in list(self.files.items()):
             if done:
                 if opened.flushed:
@@ -272,14 +279,25 @@ class DataManager:
         recount_mappings()
 
     def newTransaction(self, current: Any) -> None:
-        """A transaction begins. The connection tells, by `polled`, when it has moved to its snapshot."""
+        """A transaction begins. It is by `moving` that we hear when the connection has moved to its snapshot."""
         if self._transaction is None and any(f.mapping.watched for f in self.files.values()):
             start()
             self._join(current)
 
-    def polled(self) -> None:
-        """The connection has processed invalidations: extents that changed are known to be stale."""
-        self._snapshot = database.snapshot(self.connection)
+    @contextlib.contextmanager
+    def moving(self) -> Iterator[None]:
+        """The connection moves to another snapshot meanwhile. What it hears of changes counts from the end of it on.
+
+        Until then views show the old one: no loader could see ours, which is an older one and what we have saved.
+        """
+        self.moves = True
+        try:
+            yield
+            self.snapshot = database.snapshot(self.connection)
+        finally:
+            self.moves = False
+            for opened in self.files.values():
+                opened.moved()
         for file, opened in self.files.items():
             if file._p_jar is not None:  # else it was new, and is about to be reset
                 opened.boundary()

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from dask_zbig.errors import IndexingError, ShapeError
 
-__all__ = ["Geometry", "bounds", "is_basic", "locate", "strides_of"]
+__all__ = ["Geometry", "bounds", "is_basic", "locate", "major_rows", "strides_of"]
 
 
-@dataclass(frozen=True, slots=True)
-class Geometry:
+_PLAIN = frozenset({int, slice, type(None), type(Ellipsis)})
+
+
+class Geometry(NamedTuple):
     """A strided view of a file's bytes.
 
     `position` is that of its element (0, ..., 0); [lo, hi) are the bytes it spans, lo == hi if it is empty.
@@ -32,7 +35,8 @@ class Geometry:
     hi: int
 
 
-def strides_of(shape: Sequence[int], itemsize: int, order: str) -> tuple[int, ...]:
+@lru_cache
+def strides_of(shape: tuple[int, ...], itemsize: int, order: str) -> tuple[int, ...]:
     """Strides in bytes of a gapless array. Zero-length axes count as one, as in NumPy."""
     axes = list(shape) if order == "F" else list(reversed(shape))
     out, step = [], itemsize
@@ -53,19 +57,17 @@ def bounds(position: int, shape: Sequence[int], strides: Sequence[int], itemsize
 
 def is_basic(index: Any) -> bool:
     """Whether `index` selects a view: only integers, slices, Ellipsis and newaxis."""
-    parts = index if isinstance(index, tuple) else (index,)
-    return all(
-        part is None
-        or part is Ellipsis
-        or isinstance(part, slice)
-        or (
-            hasattr(part, "__index__")
-            and not isinstance(part, (bool, np.bool_))
-            and np.ndim(part) == 0
-            and not isinstance(part, np.ndarray)
-        )
-        for part in parts
-    )
+    for part in index if isinstance(index, tuple) else (index,):
+        if part.__class__ in _PLAIN:
+            continue
+        if not (
+            isinstance(part, slice)
+            or (
+                hasattr(part, "__index__") and not isinstance(part, (bool, np.bool_, np.ndarray)) and np.ndim(part) == 0
+            )
+        ):
+            return False
+    return True
 
 
 def locate(index: Any, shape: tuple[int, ...], itemsize: int, order: str) -> Geometry:
@@ -77,21 +79,29 @@ def locate(index: Any, shape: tuple[int, ...], itemsize: int, order: str) -> Geo
         For what NumPy refuses: out of bounds, too many indices.
     """
     parts = list(index) if isinstance(index, tuple) else [index]
-    consumed = sum(1 for p in parts if p is not None and p is not Ellipsis)
-    if consumed > len(shape):
+    consumed = len(parts)
+    dots = -1
+    for k, part in enumerate(parts):
+        if part is None:
+            consumed -= 1
+        elif part is Ellipsis:
+            consumed -= 1
+            if dots >= 0:
+                raise IndexingError("an index can only have a single ellipsis ('...')")
+            dots = k
+    missing = len(shape) - consumed
+    if missing < 0:
         raise IndexingError(
             f"too many indices for array: array is {len(shape)}-dimensional, but {consumed} were indexed"
         )
-    dots = [i for i, p in enumerate(parts) if p is Ellipsis]
-    if len(dots) > 1:
-        raise IndexingError("an index can only have a single ellipsis ('...')")
-    at = dots[0] if dots else len(parts)
-    parts[at : at + len(dots)] = [slice(None)] * (len(shape) - consumed)
-    if 0 not in shape and math.prod(shape) * itemsize >= 1 << 63:
-        raise ShapeError(f"an array of shape {shape} and itemsize {itemsize} exceeds 2^63 bytes")
-
-    own = strides_of(shape, itemsize, order)
+    if dots >= 0:
+        parts[dots : dots + 1] = [_ALL] * missing
+    elif missing:
+        parts += [_ALL] * missing
+    own = _checked_strides(shape, itemsize, order)
     position, axis = 0, 0
+    lo = hi = 0  # from there
+    empty = False
     out_shape: list[int] = []
     out_strides: list[int] = []
     for part in parts:
@@ -100,17 +110,69 @@ def locate(index: Any, shape: tuple[int, ...], itemsize: int, order: str) -> Geo
             out_strides.append(0)
             continue
         n, step = shape[axis], own[axis]
+        axis += 1
         if isinstance(part, slice):
             start, stop, stride = part.indices(n)
             length = len(range(start, stop, stride))
-            position += start * step if length else 0
+            step *= stride
+            if length:
+                position += start * own[axis - 1]
+                if step < 0:
+                    lo += (length - 1) * step
+                else:
+                    hi += (length - 1) * step
+            else:
+                empty = True
             out_shape.append(length)
-            out_strides.append(step * stride)
+            out_strides.append(step)
         else:
             i = part.__index__()
             if not -n <= i < n:
-                raise IndexingError(f"index {i} is out of bounds for axis {axis} with size {n}")
+                raise IndexingError(f"index {i} is out of bounds for axis {axis - 1} with size {n}")
             position += (i % n) * step
-        axis += 1
-    lo, hi = bounds(position, out_shape, out_strides, itemsize)
-    return Geometry(position, tuple(out_shape), tuple(out_strides), lo, hi)
+    if empty:
+        return Geometry(position, tuple(out_shape), tuple(out_strides), position, position)
+    return Geometry(position, tuple(out_shape), tuple(out_strides), position + lo, position + hi + itemsize)
+
+
+_ALL = slice(None)
+
+
+@lru_cache
+def _checked_strides(shape: tuple[int, ...], itemsize: int, order: str) -> tuple[int, ...]:
+    if 0 not in shape and math.prod(shape) * itemsize >= 1 << 63:
+        raise ShapeError(f"an array of shape {shape} and itemsize {itemsize} exceeds 2^63 bytes")
+    return strides_of(shape, itemsize, order)
+
+
+#: Of more separate runs of rows `major_rows` does not tell.
+_RUNS = 4096
+
+
+def major_rows(index: Any, shape: Sequence[int]) -> npt.NDArray[np.int64] | None:
+    """The indices on the first axis that an advanced `index` may select, as ranges; None: all, or too scattered.
+
+    >>> major_rows([3, -1, 4], (10, 2)).tolist()
+    [[3, 5], [9, 10]]
+    >>> major_rows((slice(None), [1]), (10, 2)) is None
+    True
+    """
+    first = (index[0] if index else Ellipsis) if isinstance(index, tuple) else index
+    if not shape or not isinstance(first, (list, np.ndarray, int, np.integer)) or isinstance(first, bool):
+        return None
+    try:
+        rows = np.asarray(first)
+    except ValueError:
+        return None  # NumPy will say what is wrong with it
+    if rows.dtype == bool:
+        if rows.ndim == 0 or rows.shape != tuple(shape[: rows.ndim]):
+            return None
+        rows = np.flatnonzero(rows.any(axis=tuple(range(1, rows.ndim))))
+    elif rows.dtype.kind not in "iu" or (rows.size and not -shape[0] <= rows.min() <= rows.max() < shape[0]):
+        return None
+    rows = np.unique(np.where(rows < 0, rows + shape[0], rows)).astype(np.int64)
+    starts = np.flatnonzero(np.diff(rows, prepend=-2) != 1)
+    if len(starts) > _RUNS:
+        return None
+    stops = np.append(starts[1:], len(rows)) if len(starts) else starts
+    return np.stack([rows[starts], rows[stops - 1] + 1], 1)

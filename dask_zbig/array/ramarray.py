@@ -70,7 +70,7 @@ class RAMArray(ResizableArray):
     def _whole(self) -> npt.NDArray[Any]:
         return np.ndarray(self._shape, self._dtype, self._memory, 0, self.strides)
 
-    def prefetch(self, index: Any = ...) -> None:
+    def prefetch(self, index: Any = ..., *, writable: bool = False) -> None:
         """Nothing: it is here. Raises IndexError for an index that is none."""
         self[index]
 

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from dask_zbig.ahead import ALL
 from dask_zbig.array.arraylike import NDArrayLike
+from dask_zbig.array.display import Displayed
 from dask_zbig.array.indexing import strides_of
 from dask_zbig.errors import DTypeError, ShapeError
 
@@ -22,7 +24,7 @@ MAX_AXES = 64
 Casting = Literal["no", "equiv", "safe", "same_kind", "unsafe"]
 
 
-class ResizableArray(NDArrayLike):
+class ResizableArray(Displayed, NDArrayLike):
     """A mixin for classes that keep `_shape`, `_dtype` and `_order`, and have `resize`."""
 
     if TYPE_CHECKING:
@@ -121,6 +123,8 @@ class ResizableArray(NDArrayLike):
 
     def _as_values(self, values: npt.ArrayLike) -> npt.NDArray[Any]:
         """`values` as an ndarray; integers that come as Python's take this array's dtype, if they fit."""
+        if isinstance(values, NDArrayLike):
+            values = values._values(ALL)
         new = np.asarray(values)
         if hasattr(values, "dtype") or new.dtype.kind not in "iu" or self._dtype.kind not in "iu":
             return new

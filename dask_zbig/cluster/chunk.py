@@ -22,6 +22,7 @@ from distributed.protocol import dask_deserialize, dask_serialize
 from distributed.protocol.numpy import deserialize_numpy_ndarray, serialize_numpy_ndarray
 from ZODB.POSException import POSKeyError
 
+from dask_zbig.ahead import ALL, bring
 from dask_zbig.array.indexing import bounds
 from dask_zbig.cluster.memory import watch_memory
 from dask_zbig.cluster.residency import keep_low, touched
@@ -202,7 +203,7 @@ def _map(
             opened = open_file(array._file, array, connection)
             opened.enter()
             window = opened.space.window(lo, hi - lo)
-            opened.fill(lo, hi, local_only=False)
+            bring(opened, window, lo, hi, ALL)
             keep_low(window)
         except (POSKeyError, GoneError) as e:
             raise SnapshotError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -35,7 +35,7 @@ from dask_zbig.cluster.worker import persevere, reading, transient
 from dask_zbig.errors import OutcomeUnknownError, PublishError, ZBigError
 from dask_zbig.transaction import manager_of
 
-__all__ = ["CommitCoordinator", "SaveResult", "to_zbigarray"]
+__all__ = ["CommitCoordinator", "SaveResult", "store_together", "to_zbigarray"]
 
 #: How often publishing is tried again after conflicts that are none of data, or when the connection was lost.
 TRIES = 10
@@ -149,6 +149,29 @@ def to_zbigarray(
     if return_stored:
         return read_back(staged, planned)
     return SaveResult(save.ledger_id, None, staged.bytes, staged.segments, time.perf_counter() - started)
+
+
+def store_together(stores: Sequence[tuple[Any, ZBigArray, bool]], connection: Any) -> None:
+    """Store several arrays, each as of `to_zbigarray`, by one graph, as part of the connection's transaction.
+
+    Parameters
+    ----------
+    stores
+        What to write (or to append, if it says so), and where.
+    connection
+        Of all the arrays.
+    """
+    fitting = [(fit(x, array, None, append, connection), array, append) for x, array, append in stores]
+    save = _Save(connection, None)
+    try:
+        for x, array, append in fitting:
+            save.add(x, array, None, append, "auto")
+        save.staged = stage_all(save.plans, ())
+        save.publish()
+    except BaseException:
+        save.end()
+        raise
+    save.end_with_transaction()
 
 
 class _Save:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copyreg
 import uuid
 from typing import Any
 
 import numpy as np
-from dask.base import normalize_token
 
 from dask_zbig import database
 from dask_zbig.array.arraylike import NDArrayLike
@@ -17,7 +15,7 @@ from dask_zbig.cluster.chunk import Origin, open_chunk
 from dask_zbig.errors import ClosedError, IndexingError, NotStoredError, PickleError, UncommittedChangesError
 from dask_zbig.transaction import open_file
 
-__all__ = ["ArraySnapshot", "ArraySource", "origin_of"]
+__all__ = ["ArraySnapshot", "ArraySource", "by_reference", "origin_of", "token"]
 
 
 class ArraySource:
@@ -183,7 +181,7 @@ def _is_changed(array: ZBigArray, connection: Any) -> bool:
     return bool(array._p_changed) or (saved is not None and array._p_oid in saved.index)
 
 
-def _by_reference(array: ZBigArray) -> Any:
+def by_reference(array: ZBigArray) -> Any:
     """How pickle takes a ZBigArray."""
     try:
         origin = origin_of(array)
@@ -192,14 +190,10 @@ def _by_reference(array: ZBigArray) -> Any:
     return ArraySnapshot, (origin, array.shape, array.dtype, array.order)
 
 
-def _token(array: ZBigArray) -> Any:
+def token(array: ZBigArray) -> Any:
     """What an array is to Dask: if committed, always the same."""
     try:
         origin = origin_of(array)
     except (NotStoredError, UncommittedChangesError):
         return "dask_zbig.ZBigArray", uuid.uuid4().hex
     return "dask_zbig.ZBigArray", ArraySource(origin, array.shape, array.dtype, array.order).__dask_tokenize__()
-
-
-copyreg.pickle(ZBigArray, _by_reference)
-normalize_token.register(ZBigArray, _token)

@@ -28,7 +28,7 @@ from dask_zbig.cluster.worker import reading
 from dask_zbig.errors import DatabaseURIError, NotStoredError, SnapshotError
 from dask_zbig.memory._native import BLOCK
 
-__all__ = ["from_zbigarray"]
+__all__ = ["Moment", "dask_array", "from_zbigarray", "tid_at"]
 
 
 class _TimeStamp(Protocol):
@@ -139,7 +139,7 @@ def _from_array(
         source = ArraySource(origin_of(array), array.shape, array.dtype, array.order)
     else:
         origin = origin_of(array, changed=True)
-        source = _source_at(replace(origin, tid=_tid(at, database.database(origin.location))))
+        source = _source_at(replace(origin, tid=tid_at(at, database.database(origin.location))))
     if uri is not None:
         uris.classify(uri)
         if uris.has_secret(uri):
@@ -149,7 +149,7 @@ def _from_array(
             )
         location = replace(source.origin.location, uri=uri, exclusive=False)
         source.origin = replace(source.origin, location=location)
-    return _dask_array(source, chunks, name)
+    return dask_array(source, chunks, name)
 
 
 def _from_uri(
@@ -159,7 +159,7 @@ def _from_uri(
         raise TypeError(f"a URI needs the path of a ZBigArray in its database, such as 'group/A', not {path!r}")
     client = None if uris.has_secret(uri) else _client()
     source = client.submit(_find, uri, path, at, pure=False).result() if client else _find(uri, path, at)
-    return _dask_array(source, chunks, name)
+    return dask_array(source, chunks, name)
 
 
 def _client() -> Any:
@@ -179,7 +179,7 @@ def _find(uri: str, path: str, at: Moment | None) -> ArraySource:
     db = database.database(location)
     if at is None:
         database.sync(db)
-    tid = bytes(db.lastTransaction()) if at is None else _tid(at, db)
+    tid = bytes(db.lastTransaction()) if at is None else tid_at(at, db)
     with reading(location, tid, 0) as connection:
         found = connection.root()
         keys = path.strip("/").split("/")
@@ -206,7 +206,7 @@ def _source_at(origin: Origin) -> ArraySource:
             ) from e
 
 
-def _tid(at: Moment, db: Any) -> bytes:
+def tid_at(at: Moment, db: Any) -> bytes:
     """The id of the last transaction of a database at a moment, or before."""
     if isinstance(at, bytes):
         if len(at) != 8:
@@ -237,7 +237,8 @@ def _end_of(at: Any) -> bytes:
         raise SnapshotError(f"there is no transaction at {at!r}: {e}") from e
 
 
-def _dask_array(source: ArraySource, chunks: Any, name: str | None) -> da.Array:
+def dask_array(source: ArraySource, chunks: Any, name: str | None) -> da.Array:
+    """What `from_zbigarray` returns, for an array that was found."""
     grid = _chunks(source, chunks)
     options: dict[str, Any] = {}
     if not _expressions():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import itertools
 import os
 import threading
@@ -19,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from dask_zbig.errors import ForkError
+from dask_zbig.errors import ForkError, ZBigError
 from dask_zbig.memory._native import BLOCK, check, ffi, lib, start
 from dask_zbig.tempfiles import Hold, new_name
 
@@ -81,7 +82,7 @@ class Window:
     Use `view` to get arrays. Thread-safe.
     """
 
-    __slots__ = ("__weakref__", "_handle", "_lease", "_seen", "length", "space", "start")
+    __slots__ = ("__weakref__", "_bases", "_handle", "_lease", "_seen", "length", "space", "start")
 
     def __init__(self, space: Space, start_: int, length: int) -> None:
         out = ffi.new("zb_window **")
@@ -92,6 +93,7 @@ class Window:
         self.start = start_
         self.length = -(-length // BLOCK) * BLOCK
         self._lease: weakref.ref[_Lease] | None = None
+        self._bases: list[weakref.ref[npt.NDArray[np.uint8]] | None] = [None, None]  # read-only, writeable
         self._seen = 0  # bytes that views were made of since pages were given back
         # Not at exit: a thread that is still running may be looking at it.
         weakref.finalize(self, lib.zb_window_free, self._handle).atexit = False
@@ -118,11 +120,25 @@ class Window:
 
         The caller has checked that all of it lies inside the window.
         """
-        lease = self._lease() if self._lease is not None else None
-        if lease is None:
-            lease = _Lease(self)
-            self._lease = weakref.ref(lease, self._idle_again)
-        return np.ndarray(shape, dtype, lease.array(writeable), position - self.start, strides)
+        return np.ndarray(shape, dtype, self._base(writeable), position - self.start, strides)
+
+    def at(self, lo: int, hi: int, shape: tuple[int, ...], dtype: np.dtype[Any], writeable: bool) -> npt.NDArray[Any]:
+        """The same for the bytes [lo, hi), which are the view's without gaps, in C order. Notes that it was made."""
+        self._seen += hi - lo
+        return np.ndarray(shape, dtype, self._base(writeable), lo - self.start)
+
+    def _base(self, writeable: bool) -> npt.NDArray[np.uint8]:
+        """All of the window, as a base of views: the same for as long as one of them lives."""
+        ref = self._bases[writeable]
+        base = ref() if ref is not None else None
+        if base is None:
+            lease = self._lease() if self._lease is not None else None
+            if lease is None:
+                lease = _Lease(self)
+                self._lease = weakref.ref(lease, self._idle_again)
+            base = lease.array(writeable)
+            self._bases[writeable] = weakref.ref(base)
+        return base
 
     def saw(self, size: int) -> None:
         """A view of `size` bytes is made."""
@@ -160,6 +176,10 @@ class Window:
         if result == -_ESTALE:
             raise StaleFill
         check(result, f"map bytes {lo}..{hi}")
+
+    def lost(self) -> None:
+        """Nothing of it can be mapped: it shows zeros until the generation is discarded, which has failed."""
+        lib.zb_lost(self._handle, errno.ENOMEM)
 
     def write(self, lo: int, data: npt.NDArray[np.uint8] | None, size: int) -> int:
         """Make [lo, lo + size) dirty; with `data` (whole pages) by its bytes. Returns 0 or a negative errno.
@@ -225,6 +245,9 @@ class Space:
         )
         self._handle = out[0]
         self._service = weakref.ref(service)
+        #: What could not be loaded in this generation: position of the block -> why. For who still waits for it.
+        self.lost: dict[int, ZBigError] = {}
+        self.closed = False
         self._windows: list[weakref.ref[Window]] = []
         self._lock = threading.Lock()
         weakref.finalize(self, _end_space, self._handle, self._place, self._holds).atexit = False
@@ -334,6 +357,7 @@ class Space:
         """Forget the generation; returns the scratch files, which are to be removed."""
         first, last = ffi.new("uint64_t *"), ffi.new("uint64_t *")
         check(lib.zb_discard(self._handle, first, last), "discard changes")
+        self.lost.clear()
         return self._paths(first[0], last[0])
 
     def _paths(self, first: int, last: int) -> list[str]:
@@ -341,6 +365,7 @@ class Space:
 
     def close(self) -> None:
         """No more service: see ``zb_space_close``."""
+        self.closed = True
         lib.zb_space_close(self._handle)
 
 

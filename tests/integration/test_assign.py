@@ -248,6 +248,17 @@ def test_it_neither_faults_nor_copies(local):
     assert (count.write_faults, count.bytes_copied) == (0, 0)
 
 
+def test_zeros_among_new_values_do_not_cut_them_into_pieces(local):
+    """Zeros on a hole are no change, but they were assigned, and a piece of an extent map for each gap costs more."""
+    local.new(MIB, "f8")
+    user = local.connect()
+    A = user.root["A"]
+    A[:] = np.tile(np.arange(128.0), MIB // 128)
+    user.commit()
+    leaf = A._file.leaf(0)
+    assert leaf.extents[["start", "stop"]].tolist() == [(0, A.nbytes)]
+
+
 def test_small_and_scattered_regions_go_the_ordinary_way(local):
     client = local.connect()
     client.root["A"] = A = dz.ZBigArray((1000, 1000), "u1")

@@ -194,7 +194,7 @@ def test_an_option_that_makes_no_sense_does_not_stop_the_loaders(local):
     space = client.root["A"]._open().space
     for _ in range(10):  # there are fewer loaders
         space.drop(0, 10)
-        with dask.config.set({"zbig.load-timeout": "soon"}), pytest.raises(dz.LoadError, match="load-timeout"):
+        with dask.config.set({"zbig.load-timeout": "soon"}), pytest.raises(dz.OptionError, match="load-timeout"):
             touch(view)
         client.abort()
     assert view.tolist() == [3] * 10

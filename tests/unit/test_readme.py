@@ -14,12 +14,14 @@ import pytest
 
 import dask_zbig
 
-README = pathlib.Path(__file__).parents[2] / "README.md"
+ROOT = pathlib.Path(__file__).parents[2]
 
 
-def test_readme_blocks_run(tmp_path):
-    blocks = re.findall(r"^```python\n(.*?)^```$", README.read_text(), re.M | re.S)
-    assert len(blocks) >= 2
+@pytest.mark.parametrize(("name", "number"), [("README.md", 3), ("docs/coming-from.md", 1)])
+def test_blocks_run(tmp_path, name, number):
+    """Those that begin by importing us; the others are continued from elsewhere."""
+    blocks = re.findall(r"^```python\n(import dask_zbig.*?)^```$", (ROOT / name).read_text(), re.M | re.S)
+    assert len(blocks) >= number
     for number, block in enumerate(blocks):
         script = tmp_path / f"block{number}.py"
         body = "".join(f"    {line}\n" for line in block.splitlines())

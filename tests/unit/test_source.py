@@ -525,6 +525,8 @@ print("fine")
 
 def test_array_expressions(tmp_path):
     """The switch works only before dask.array is imported, so in a process of its own."""
+    if not hasattr(da, "array_expr_enabled"):
+        pytest.skip("this old Dask's array expressions are not complete: from_array takes no name")
     script = tmp_path / "expressions.py"
     script.write_text(EXPRESSIONS)
     done = subprocess.run(

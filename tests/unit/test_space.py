@@ -7,6 +7,7 @@ import faulthandler
 import gc
 import os
 import shutil
+import sys
 import tempfile
 import threading
 import time
@@ -92,9 +93,8 @@ def directory(tmp_path):
 
 def all_gone(directory):
     """Wait for the end of spaces that nobody refers to. A loader may for a moment, though it has done its work."""
-    gc.collect()
     deadline = time.monotonic() + 10
-    while any(name.endswith(".lock") for name in os.listdir(directory)):
+    while gc.collect() >= 0 and any(name.endswith(".lock") for name in os.listdir(directory)):
         assert time.monotonic() < deadline
         time.sleep(0.001)
     with tempfiles._own.guard:
@@ -369,6 +369,43 @@ def test_after_close(directory):
     assert view[BLOCK] == 255
     raises_soon(ClosedError, lambda: view.__setitem__(5, 1))
     assert service.space.discard() == []  # what is written now goes to memory that is nobody's
+
+
+def test_who_was_served_meanwhile_does_not_hear_of_a_load_that_the_close_overtook(directory):
+    service = Fake(directory, DATA)
+    service.error = LoadError("too late")
+    service.gate.clear()
+    window = service.space.window(0, BLOCK)
+    view = whole(window, BLOCK)
+    read, stop, errors = threading.Event(), threading.Event(), []
+
+    def go_on():
+        try:
+            assert view[0] == DATA[0]
+            read.set()
+            while not stop.wait(0.001):
+                pass
+        except Exception as error:  # noqa: BLE001 - whatever it is
+            errors.append(error)
+
+    thread = threading.Thread(target=go_on)
+    with dask.config.set({"zbig.load-timeout": 0.01}):
+        thread.start()
+        while not service.served:
+            time.sleep(0.001)
+        service.fill(window, 0, BLOCK)
+        assert read.wait(60)
+        service.space.close()
+        service.gate.set()
+        loaders = [t.ident for t in threading.enumerate() if t.name.startswith("zbig-loader")]
+        deadline = time.monotonic() + 10
+        while any(sys._current_frames()[i].f_code.co_name != "_run" for i in loaders):  # it has not given up yet
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+    stop.set()
+    thread.join(60)
+    assert errors == []
+    assert service.failures == []
 
 
 def test_no_directory_for_scratch(tmp_path):

@@ -1,0 +1,54 @@
+"""``dask-zbig pack``: give back the space of what nothing refers to any more."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from typing import Any
+
+import click
+
+from dask_zbig.cli.common import as_json_option, opened, size_text, uri_argument
+
+__all__ = ["pack"]
+
+
+@click.command()
+@uri_argument
+@click.option(
+    "--days",
+    type=click.FloatRange(min=0),
+    default=1.0,
+    show_default=True,
+    help="How much of the past to keep. Cluster jobs that run, and `at=`, need what they read.",
+)
+@as_json_option
+def pack(uri: str, days: float, as_json: bool) -> None:
+    """Remove from the database URI what was overwritten or deleted more than --days ago, to give back its space.
+
+    Afterwards older snapshots cannot be read. Others may use the database meanwhile, if it is served.
+    """
+    with opened(uri, write=True) as db:
+        before, started = _sizes(db), time.perf_counter()
+        db.pack(time.time() - days * 86400)
+        after, seconds = _sizes(db), time.perf_counter() - started
+    if as_json:
+        click.echo(json.dumps({"days": days, "seconds": round(seconds, 3), "before": before, "after": after}))
+        return
+    kinds = [f"{kind} {size_text(before[kind])} -> {size_text(after[kind])}" for kind in before]
+    click.echo(f"packed in {seconds:.1f} s: {', '.join(kinds)}")
+
+
+def _sizes(db: Any) -> dict[str, int]:
+    """Bytes of the objects, and of the blobs, if they are here."""
+    sizes = {"objects": int(db.getSize())}
+    helper = getattr(db.storage, "fshelper", None)
+    if helper is not None and getattr(db.storage, "shared_blob_dir", True):
+        sizes["blobs"] = sum(
+            os.lstat(os.path.join(folder, name)).st_size
+            for folder, _, names in os.walk(helper.base_dir)
+            for name in names
+            if name.endswith(".blob")
+        )
+    return sizes
