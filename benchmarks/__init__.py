@@ -1,1 +1,1 @@
-"""Measurements against numpy.memmap, both sides durable and in the same run: ``python benchmarks``."""
+"""Measurements against numpy.memmap and other stores, durable on both sides: ``python -m benchmarks``."""
