@@ -47,14 +47,25 @@ class Loads(ClientStorage):  # type: ignore[misc]  # ZEO ships no types
             try:
                 return future.result(min(_LOOK, patience))
             except asyncio.TimeoutError:
-                if self._server.is_closed():  # in another thread: nobody is left who could give the answer
+                if self._server.is_closed():  # by another thread: nobody is left who could give the answer
                     with contextlib.suppress(RuntimeError, ValueError):  # (it had begun)
                         coroutine.close()
                     raise ClientDisconnected("closed") from None
                 if self._pieces != pieces:
                     pieces, since = self._pieces, time.monotonic()
                 elif time.monotonic() - since >= patience:
+                    self._forget(future)
                     raise ClientDisconnected(f"the server has not answered for {patience:g} seconds") from None
+
+    def _forget(self, future: Any) -> None:
+        """Nobody waits for its answer any more. Its error, if nobody looked at it, would be logged when it is freed."""
+
+        def look(answered: Any) -> None:
+            with contextlib.suppress(asyncio.CancelledError):
+                answered.exception()
+
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._server.loop.call_soon_threadsafe(future.add_done_callback, look)
 
     def loadBefore(self, oid: bytes, tid: bytes) -> Any:  # noqa: N802 - ZODB's name
         """The record of an object as of before `tid`."""
