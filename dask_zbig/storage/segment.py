@@ -48,6 +48,10 @@ REVISIONS = 16
 _STEP = 8 << 20
 
 
+#: A blob that came damaged is fetched again: a server that is restarted may spoil several downloads in a row.
+_DOWNLOADS = 4
+
+
 class GoneError(LoadError):
     """The database has no record of a segment: it was packed away, if it was ever committed."""
 
@@ -361,13 +365,13 @@ class SegmentReader:
     def open_blob(self, oid: bytes, length: int, expected: int, what: object) -> int:
         """A descriptor of a blob's file, of the right length (and, if it was downloaded, checksum)."""
         identity = (oid, length, expected)
-        for last_try in (False, True):
+        for attempt in range(_DOWNLOADS):
             serial = self._blob_serial(identity, what)
             try:
                 path = self._call(self._storage.loadBlob, oid, serial)
                 fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # (of a pipe, it would wait)
             except Exception as e:  # as in _load
-                if last_try:
+                if attempt:
                     raise LoadError(f"cannot open the file of {what}: {type(e).__name__}: {e}") from e
                 self._serials.pop(identity, None)  # undo and pack may have put another revision in its place
                 close_unused()  # or it was for want of a descriptor
@@ -380,7 +384,7 @@ class SegmentReader:
             if problem is None:
                 return fd
             os.close(fd)
-            if last_try or not self._downloads():
+            if attempt == _DOWNLOADS - 1 or not self._downloads():
                 raise LoadError(f"the file of {what}, {path!r}, {problem}")
             _remove(path, what)  # ZEO appends to a stale partial download and serves it: fetch it again
         raise AssertionError
