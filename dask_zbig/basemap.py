@@ -19,7 +19,7 @@ from dask_zbig.memory.plan import Source
 from dask_zbig.storage import extents as ex
 from dask_zbig.storage.format import LEAF_BYTES
 from dask_zbig.storage.segment import SegmentRef
-from dask_zbig.storage.tree import ZBigFile, checked, watch
+from dask_zbig.storage.tree import ZBigFile, checked, load, watch
 
 __all__ = ["HOLE", "BaseMap", "Leaf"]
 
@@ -105,6 +105,7 @@ class BaseMap:
         """Load the leaves of [lo, hi), `bound` at most; returns how far they are known."""
         count = 0
         for a, b in self.missing(lo, hi).tolist():
+            load(self._file)  # (to ask a ghost for a method loads it, with whatever error that may be)
             for node, start, stop in self._file.nodes(a, b):
                 self._watch(node, start, stop)
             for index, leaf in self._file.leaves(a, b):
@@ -149,6 +150,7 @@ class BaseMap:
         """The leaves of a file, of whatever connection."""
         found = {}
         for lo, hi in ranges.tolist():
+            load(file)
             for index, leaf in file.leaves(lo, hi):
                 checked(leaf, index)
                 found[index] = Leaf(leaf.extents, leaf.refs)
