@@ -224,7 +224,8 @@ def test_two_clients_save_disjoint_parts_at_once(site, times):
 def test_of_two_clients_that_save_overlapping_parts_at_once_one_does(site, times):
     half = saver.COMMON // 2
     for k in range(times):
-        one, two = (0, 0, half + 1 + k, 2 * k + 1.0), (0, half - k, saver.COMMON, 2 * k + 2.0)
+        # (values that no other test leaves there)
+        one, two = (0, 0, half + 1 + k, 2 * k + 1001.0), (0, half - k, saver.COMMON, 2 * k + 1002.0)
         said, rows = site.at_once(one, two)
         assert sorted(s["saved"] for s in said) == [False, True], said
         winner, loser = (one, two) if said[0]["saved"] else (two, one)
