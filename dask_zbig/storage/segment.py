@@ -43,11 +43,7 @@ __all__ = [
 
 #: A segment gets another revision only when its creation is undone, and when that is undone: we look at this many.
 REVISIONS = 16
-
-
 _STEP = 8 << 20
-
-
 #: A blob that came damaged is fetched again: a server that is restarted may spoil several downloads in a row.
 _DOWNLOADS = 4
 

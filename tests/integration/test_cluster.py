@@ -188,6 +188,8 @@ def test_a_snapshot_stays_while_its_array_is_packed_away(user):
     assert float(kept.sum().compute()) == data.sum()
     with contextlib.suppress(dz.SnapshotError, dz.LoadError):  # (see test_source.py for who must get that)
         assert float(x[::2].sum().compute()) == data[::2].sum()
+    with pytest.raises((dz.SnapshotError, dz.LoadError)):  # a process that has had nothing of it
+        x[::2].sum().compute(scheduler="processes", num_workers=1)
 
 
 def test_by_uri_without_opening_it_here(user, client, tmp_path):
