@@ -22,7 +22,7 @@ from dask_zbig.flush import guard_truncation, join_segments
 from dask_zbig.memory._native import PAGE
 from dask_zbig.segmentwriter import INLINE_PIECE, Target
 from dask_zbig.storage import extents as ex
-from dask_zbig.storage.compaction import BLOB_BYTES
+from dask_zbig.storage.compaction import DONE, DONE_INLINE
 from dask_zbig.storage.format import LEAF_BYTES
 from dask_zbig.storage.segment import SegmentRef, reader
 from dask_zbig.storage.survey import Survey, survey
@@ -168,9 +168,12 @@ class _Batch:
         extents = leaf.extents
         if len(extents) > FRAGMENTED and len(extents) > 2 * len(ex.covered(extents)):
             return [ref.key for ref in leaf.refs]
-        small = [ref.key for ref in leaf.refs if ref.inline and ref.length < BLOB_BYTES]
+        blobs = self._target.blobs
+        done = DONE if blobs else DONE_INLINE
+        shown = zip(leaf.refs, _sizes(leaf).tolist(), strict=True)
+        small = [ref.key for ref, size in shown if size < done and (blobs or ref.inline)]
         sparse = [ref.key for i, ref in enumerate(leaf.refs) if self._is_sparse(ref, extents[extents["segment"] == i])]
-        return small + sparse if sparse or len(small) > 1 else []
+        return list(dict.fromkeys(small + sparse)) if sparse or len(small) > 1 else []
 
     def _is_sparse(self, ref: SegmentRef, shown: ex.Extents) -> bool:
         """Whether most of a blob was overwritten, in all of the array, and a copy would take less."""

@@ -130,7 +130,7 @@ def guard_truncation(file: ZBigFile, connection: Any) -> None:
 
 def _compact(file: OpenFile, leaf: Any, target: Target) -> None:
     """Join small segments of a leaf where there have come to be too many; see `storage.compaction`."""
-    chosen = to_join(leaf.extents, leaf.refs)
+    chosen = to_join(leaf.extents, leaf.refs, blobs=target.blobs)
     if chosen:
         join_segments(leaf, chosen, file.source, target, file)
 

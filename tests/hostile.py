@@ -14,6 +14,7 @@ import os
 import random
 import struct
 import sys
+import zlib
 
 import dask
 import numpy as np
@@ -30,6 +31,7 @@ from dask_zbig.array.indexing import Geometry
 from dask_zbig.array.zbigarray import _load
 from dask_zbig.storage.filestorage import FileStorage
 from dask_zbig.storage.format import LEAF_BYTES
+from dask_zbig.storage.leafstate import LeafState
 from dask_zbig.storage.records import read_record
 from dask_zbig.storage.segment import InlineSegment
 from dask_zbig.storage.tree import ExtentLeaf, ExtentNode, ZBigFile
@@ -95,11 +97,20 @@ def changed_rows(chance, packed, form, most=2):
     return packed[: -chance.randint(1, 9)] if chance.random() < 0.05 else packed
 
 
+def as_rows(state):
+    """A leaf's state as version 1 has it, of which single fields can be changed."""
+    leaf = LeafState.unpack(ExtentLeaf(), state)
+    table = b"".join(SEGMENT.pack(r.length, r.checksum) for r in leaf.refs)
+    return (1, leaf.extents.tobytes(), table, state[2], leaf.move.to, leaf.move.rows.tobytes())
+
+
 def changed_state(chance, state, objects):
+    if len(state) == 3 and state[0] == 2 and chance.random() < 0.7:
+        state = as_rows(state)
     state = list(state)
     what = chance.choice(["field"] * 8 + ["version", "drop", "more", "junk"])
     if what == "version":
-        state[0] = chance.choice([2, 0, -1, "1", None, True, 1.0])
+        state[0] = chance.choice([3, 2, 0, -1, "1", None, True, 1.0])
     elif what == "drop":
         state.pop(chance.randrange(len(state)))
     elif what == "more":
@@ -172,6 +183,39 @@ def sense(condition):
         raise Wrong
 
 
+def unpacked(table, count):
+    """The extents of a packed table, and the lengths of its segments."""
+    if not table and not count:
+        return [], []
+    sense(len(table) >= 17)
+    leaf, n, k, _ = struct.unpack_from("<QIIB", table)
+    try:
+        columns = zlib.decompress(table[17 + 8 * (k > 0) + 8 * count :])
+    except zlib.error:
+        raise Wrong from None
+    sense(len(columns) == 20 * n + 9 * count + 24 * k)
+
+    def column(at, size, rows):
+        planes = [columns[at + b * rows : at + (b + 1) * rows] for b in range(size)]
+        return [int.from_bytes(row, "little") for row in zip(*planes, strict=True)] if rows else []
+
+    gaps, sizes, codes, residues = (column(at * n, size, n) for at, size in ((0, 4), (4, 4), (8, 4), (12, 8)))
+    lengths, follows = column(20 * n, 8, count), columns[20 * n + 8 * count :]
+    rows, at, new, before = [], leaf * LEAF_BYTES, 0, {}
+    for gap, size, code, residue in zip(gaps, sizes, codes, residues, strict=True):
+        start, segment = at + gap, code - 1 if code else new
+        new += code == 0
+        sense(segment < count)
+        offset = residue
+        if segment in before:
+            a, b, o = before[segment]
+            offset = (residue + o + ((b - a) if follows[segment] else (start - a))) % 2**64
+        at = start + size
+        before[segment] = (start, at, offset)
+        rows.append((start, at, segment, offset))
+    return rows, lengths
+
+
 class Model:
     """What an array is, by the format's description, written down once more and simply."""
 
@@ -189,7 +233,14 @@ class Model:
             _, state = read_record(ghost._p_oid, data)
         except dz.FormatError:
             raise Wrong from None
-        sense(isinstance(state, tuple) and state and state[0] == 1 and type(state[0]) is int)
+        sense(isinstance(state, tuple) and state and type(state[0]) is int)
+        if kind is ExtentLeaf and state[0] == 2:
+            sense(len(state) == 3 and isinstance(state[1], bytes))
+            return unpacked(state[1], len(state[2])), state[2]
+        sense(state[0] == 1)
+        if kind is ExtentLeaf:
+            packed, table, segments, _, _ = state[1:]
+            return (list(ROW.iter_unpack(packed)), [n for n, _ in SEGMENT.iter_unpack(table)]), segments
         return state[1:]
 
     def array(self, oid):
@@ -216,18 +267,17 @@ class Model:
         return bytes(out)
 
     def leaf(self, ghost, index, out, lo, hi):
-        packed, table, segments, _, _ = self.record(ghost, ExtentLeaf)
+        (rows, lengths), segments = self.record(ghost, ExtentLeaf)
         end = index * LEAF_BYTES
-        lengths = list(SEGMENT.iter_unpack(table))
         sense(len(lengths) == len(segments))
-        for start, stop, segment, offset in ROW.iter_unpack(packed):
+        for start, stop, segment, offset in rows:
             sense(end <= start < stop <= (index + 1) * LEAF_BYTES)
             end = stop
-            sense(segment < len(segments) and offset + stop - start <= lengths[segment][0])
+            sense(segment < len(segments) and offset + stop - start <= lengths[segment])
             a, b = max(start, lo), min(stop, hi)
             if a < b:
                 data = self.segment(segments[segment])
-                sense(len(data) == lengths[segment][0])
+                sense(len(data) == lengths[segment])
                 out[a - lo : b - lo] = data[offset + a - start : offset + b - start]
 
     def segment(self, ghost):

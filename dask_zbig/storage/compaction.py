@@ -16,34 +16,42 @@ from dask_zbig.storage.segment import SegmentRef
 
 __all__ = ["BLOB_BYTES", "to_join"]
 
-WIDTH = 16
+WIDTH = 12
 #: No more than this are joined at once, by one commit: the next ones go on.
 MOST = 256
-_SMALLEST = 1 << 12
-#: A joined segment of this size becomes a blob, where there are blobs, and is not joined again.
-BLOB_BYTES = 128 << 10
+#: The smallest tier is of up to so many bytes, each other one of up to `WIDTH` times as many as the one before.
+_SMALLEST = 512
+#: A joined segment of this size becomes a blob, where there are blobs. Then its bytes are not written twice into what
+#: every reader of the database goes through, and can be read without being unpickled.
+BLOB_BYTES = 8 << 10
+#: A segment of this size is not joined again: it is one mapping.
+DONE = 2 << 20
+#: The same where there are no blobs.
+DONE_INLINE = 128 << 10
 
 
-def to_join(extents: npt.NDArray[np.void], refs: Sequence[SegmentRef]) -> list[int]:
+def to_join(extents: npt.NDArray[np.void], refs: Sequence[SegmentRef], *, blobs: bool) -> list[int]:
     """Indices of the segments that one commit should join now; often none.
 
-    Inline segments count, and blobs most of which was overwritten, by the bytes of them that are in use, if these
-    are fewer than `BLOB_BYTES`.
+    Segments count by the bytes of them that are in use, and only if these are less than `DONE`.
+
+    Parameters
+    ----------
+    blobs : bool
+        Whether what is joined may become a blob.
     """
+    if len(refs) < WIDTH:
+        return []
     sizes = np.zeros(len(refs), np.int64)
     np.add.at(sizes, extents["segment"], (extents["stop"] - extents["start"]).astype(np.int64))
     tiers: dict[int, list[int]] = {}
-    for i, ref in enumerate(refs):
-        size = int(sizes[i])
-        if (ref.length if ref.inline else size) < BLOB_BYTES and (ref.inline or 2 * size < ref.length):
+    done = DONE if blobs else DONE_INLINE
+    for i, size in enumerate(sizes.tolist()):
+        if size < done and (blobs or refs[i].inline or 2 * size < refs[i].length):
             tiers.setdefault(_tier(size), []).append(i)
-    chosen: list[int] = []
     for tier in sorted(tiers):
-        chosen += tiers[tier]
-        if len(chosen) >= WIDTH:
-            return chosen[:MOST]
-        if chosen and len(tiers[tier]) < WIDTH:
-            chosen = []
+        if len(tiers[tier]) >= WIDTH:
+            return tiers[tier][:MOST]
     return []
 
 

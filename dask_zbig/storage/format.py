@@ -1,6 +1,7 @@
-"""The on-disk format, version 1: a promise. Whatever is stored is described here, byte by byte, and only here.
+"""The on-disk format, a promise: version 1, and version 2 of the extent map's leaves. Whatever is stored is described
+here, byte by byte, and only here.
 
-What this describes can be read for ever: `tests/golden` holds a database that every version must open, check, read
+What this describes can be read for ever: `tests/golden` holds databases that every version must open, check, read
 and write. An object that breaks these rules is refused, by a `FormatError`, when it is loaded; `dask-zbig check` finds
 all that arrays are made of and looks at every byte of it.
 
@@ -38,21 +39,39 @@ ZODB's persistent references (an oid of 8 bytes, and the class), so a pack keeps
     missing is a hole.
 
 ``dask_zbig.storage.tree.ExtentLeaf``
-    ``(1, extents: bytes, segments: bytes, references: tuple, to: bytes, moved: bytes)``. 64 MiB of the file: which
-    bytes of them are which bytes of which segment.
+    64 MiB of the file: which bytes of them are which bytes of which segment. Version 2, which is written; and version
+    1, which is read. Both say the same: rows of extents, and a length and a checksum for each of ``references``, which
+    are the segments.
 
-    ``extents``: rows of 28 bytes, ``start u8, stop u8, segment u4, offset u8``. Bytes [start, stop) of the file are
-    bytes [offset, offset + stop - start) of the segment of this index. Positions are in the whole file, and inside of
-    the leaf's 64 MiB; start < stop; rows are sorted and disjoint. Bytes in no extent are zeros.
+    Of an extent there are ``start, stop, segment, offset``: bytes [start, stop) of the file are bytes [offset, offset
+    + stop - start) of the segment of this index. Positions are in the whole file, and inside of the leaf's 64 MiB;
+    start < stop; rows are sorted and disjoint. Bytes in no extent are zeros. The checksum of a segment is the XXH3-64
+    (seed 0) of all its bytes. No extent ends beyond its segment's length.
 
-    ``segments``: rows of 16 bytes, ``length u8, checksum u8``, one for each of ``references``, which are the
-    segments. The checksum is the XXH3-64 (seed 0) of all ``length`` bytes. No extent ends beyond its segment's
-    length.
+    ``to`` is the oid of the segment into which bytes were last joined, if that is noted; then there are *moved* rows
+    ``start, stop, oid, offset``, sorted and disjoint: bytes [start, stop) of the file were bytes from ``offset`` on of
+    the segment of that oid before. Only merges of concurrent changes look at it: a move is no change.
 
-    ``to`` is empty, or the oid (8 bytes) of the segment into which bytes were last joined. Then ``moved`` has rows of
-    32 bytes, ``start u8, stop u8, oid 8 bytes, offset u8``, sorted and disjoint: bytes [start, stop) of the file were
-    bytes from ``offset`` on of the segment of that oid before. Only merges of concurrent changes look at it: a move
-    is no change.
+    Version 2: ``(2, table: bytes, references: tuple)``. If there are no segments ``table`` is empty. Else it is, one
+    after the other, for n extents, m segments and k moved rows:
+
+    - ``leaf u8`` (which one of the file), ``n u4, k u4, age u1`` (commits of this leaf since the move);
+    - ``to``, 8 bytes, if k is not 0;
+    - the checksums: m times u8;
+    - compressed by zlib, exactly ``20 n + 9 m + 24 k`` bytes: the columns of the extents, ``gap u4, length u4, code
+      u4, residue u8``; ``length u8`` of the segments; ``follows u1`` of the segments; the columns of the moved rows,
+      ``gap u4, length u4, oid u8, offset u8``. Of a column, and of all columns of a table together, there come the
+      first bytes of all rows, the second bytes of all rows, and so on.
+
+    ``gap`` is from the stop of the row before, or from where the leaf begins, to start. ``code`` is 0 for the segment
+    whose number is that of the zeros before it, else the segment's number and 1. ``residue`` is offset less what was
+    to be expected, modulo 2^64: 0 for the first extent of a segment; else, if the one before of the same segment is
+    (start', stop', offset'), offset' + start - start' where ``follows`` of the segment is 0, and offset' + stop' -
+    start' where it is 1. ``oid`` is the number that the oid is in big-endian order, less that of the row before.
+
+    Version 1: ``(1, extents: bytes, segments: bytes, references: tuple, to: bytes, moved: bytes)``. ``extents``: rows
+    of 28 bytes, ``start u8, stop u8, segment u4, offset u8``. ``segments``: rows of 16 bytes, ``length u8, checksum
+    u8``. ``to`` is empty or 8 bytes; ``moved``: rows of 32 bytes, ``start u8, stop u8, oid 8 bytes, offset u8``.
 
 Segments
     Immutable: written once, by the transaction that creates them, and never changed. Either a ``ZODB.blob.Blob``,
@@ -81,9 +100,11 @@ from typing import Any
 
 from dask_zbig.errors import FormatError
 
-__all__ = ["FANOUT", "LEAF_BYTES", "MAX_DEPTH", "VERSION", "broken", "name_of", "unpack_state"]
+__all__ = ["FANOUT", "LEAF_BYTES", "LEAF_VERSION", "MAX_DEPTH", "VERSION", "broken", "name_of", "unpack_state"]
 
 VERSION = 1
+#: Of an `ExtentLeaf`'s state. Version 1 of it is read, and becomes this one when the leaf is changed.
+LEAF_VERSION = 2
 LEAF_BYTES = 64 << 20
 FANOUT = 1024
 #: So deep is the map of a file of 2^63 bytes.
@@ -101,18 +122,18 @@ def broken(obj: Any, what: str) -> FormatError:
     return FormatError(f"{name_of(obj)} {what}")
 
 
-def unpack_state(obj: Any, state: Any, fields: int, *, optional: int = 0) -> tuple[Any, ...]:
+def unpack_state(obj: Any, state: Any, fields: int, *, optional: int = 0, version: int = VERSION) -> tuple[Any, ...]:
     """The fields of a stored state after its version, or `FormatError` naming the object."""
     if not isinstance(state, tuple) or not state or type(state[0]) is not int:
         raise broken(obj, f"has a state of no known format: {type(state).__name__}")
-    if state[0] > VERSION:
+    if state[0] > version:
         raise broken(
             obj,
-            f"was written by a newer dask_zbig, in format version {state[0]}; this one reads version {VERSION}: "
+            f"was written by a newer dask_zbig, in format version {state[0]}; this one reads version {version}: "
             f"upgrade it",
         )
-    if state[0] != VERSION:
+    if state[0] != version:
         raise broken(obj, f"is of format version {state[0]}, which never was")
     if not fields < len(state) <= fields + 1 + optional:
-        raise broken(obj, f"has {len(state) - 1} fields where format {VERSION} has {fields}")
+        raise broken(obj, f"has {len(state) - 1} fields where format {version} has {fields}")
     return state[1:]

@@ -8,7 +8,7 @@ move, where each byte was before; a merge looks at the bytes where they were.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,22 +17,30 @@ from persistent import Persistent
 
 from dask_zbig.errors import FormatError
 from dask_zbig.storage import extents as ex
-from dask_zbig.storage.format import LEAF_BYTES, VERSION, broken, name_of, unpack_state
+from dask_zbig.storage.format import LEAF_BYTES, LEAF_VERSION, VERSION, broken, name_of, unpack_state
+from dask_zbig.storage.packing import MOVED, SEGMENT, pack, unpack
 from dask_zbig.storage.segment import SegmentRef
 
-__all__ = ["MOVED", "NOT_MOVED", "LeafState", "Move", "merge_leaves"]
+__all__ = ["KEEP_MOVE", "MOVED", "NOT_MOVED", "LeafState", "Move", "merge_leaves"]
 
-_SEGMENT = np.dtype([("length", "<u8"), ("checksum", "<u8")])
-#: Bytes [start, stop) were in the segment of this oid, from `offset` on.
-MOVED = np.dtype([("start", "<u8"), ("stop", "<u8"), ("oid", "S8"), ("offset", "<u8")])
+#: For so many commits of its leaf a move is noted. Who began before them conflicts, if it wrote over what was joined.
+KEEP_MOVE = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """The last joining of segments: into the segment of oid `to` ("" if there is none), and from where."""
+    """The last joining of segments: into the segment of oid `to` ("" if there is none), and from where.
+
+    `age`: how many commits have changed the leaf since.
+    """
 
     to: bytes
     rows: npt.NDArray[np.void]
+    age: int = 0
+
+    def older(self) -> Move:
+        """What is noted of it by the next commit."""
+        return replace(self, age=self.age + 1) if self.to and self.age < KEEP_MOVE else NOT_MOVED
 
 
 NOT_MOVED = Move(b"", np.empty(0, MOVED))
@@ -48,39 +56,28 @@ class LeafState:
 
     def pack(self) -> tuple[Any, ...]:
         """As it is stored."""
-        table = np.array([(r.length, r.checksum) for r in self.refs], _SEGMENT)
-        objects = tuple(r.obj for r in self.refs)
-        return (
-            VERSION,
-            self.extents.tobytes(),
-            table.tobytes(),
-            objects,
-            self.move.to,
-            self.move.rows.tobytes(),
-        )
+        segments = np.array([(r.length, r.checksum) for r in self.refs], SEGMENT)
+        table = pack(self.extents, segments, self.move.to, self.move.rows, self.move.age)
+        return (LEAF_VERSION, table, tuple(r.obj for r in self.refs))
 
     @classmethod
     def unpack(cls, leaf: Any, state: Any) -> LeafState:
         """From what was stored for `leaf`. Raises `FormatError` if that breaks the format's rules."""
-        packed, table, objects, to, moved = unpack_state(leaf, state, 5)
-        if not all(isinstance(b, bytes) for b in (packed, table, to, moved)) or not isinstance(objects, tuple):
-            raise broken(leaf, "has fields of wrong types")
-        if len(packed) % ex.EXTENT.itemsize or len(table) != len(objects) * _SEGMENT.itemsize:
-            raise broken(leaf, f"has tables of {len(packed)} and {len(table)} bytes")
-        if len(to) not in (0, 8) or len(moved) % MOVED.itemsize:
-            raise broken(leaf, f"notes a move to {to!r} in {len(moved)} bytes")
-        move = Move(to, np.frombuffer(moved, MOVED)) if to else NOT_MOVED
-        if np.any(move.rows["start"] >= move.rows["stop"]) or np.any(move.rows["start"][1:] < move.rows["stop"][:-1]):
-            raise broken(leaf, "notes a move of bytes that are not sorted and disjoint")
-        if not packed and not objects:
-            return cls(ex.empty(), (), move)
-        extents = np.frombuffer(packed, ex.EXTENT)
-        segments = np.frombuffer(table, _SEGMENT)
-        lo = int(extents["start"][0]) // LEAF_BYTES * LEAF_BYTES if len(extents) else 0
         try:
+            if isinstance(state, tuple) and state and state[0] == VERSION and type(state[0]) is int:
+                extents, segments, move, objects = _unpack_rows(leaf, state)
+            else:
+                table, objects = unpack_state(leaf, state, 2, version=LEAF_VERSION)
+                if not isinstance(table, bytes) or not isinstance(objects, tuple):
+                    raise broken(leaf, "has fields of wrong types")
+                extents, segments, to, moved, age = unpack(table, len(objects))
+                move = Move(to, moved, age) if to else NOT_MOVED
+            _validate_move(move)
+            lo = int(extents["start"][0]) // LEAF_BYTES * LEAF_BYTES if len(extents) else 0
             ex.validate(extents, segments["length"].tolist(), lo, lo + LEAF_BYTES)
         except FormatError as e:
-            raise FormatError(f"{name_of(leaf)}: {e}") from None
+            named = str(e).startswith(name_of(leaf))
+            raise e if named else FormatError(f"{name_of(leaf)}: {e}") from None
         refs = tuple(
             SegmentRef(obj, length, checksum)
             for obj, (length, checksum) in zip(objects, segments.tolist(), strict=True)
@@ -110,6 +107,25 @@ class LeafState:
             ex.splice(self.extents[~in_joined], still),
             keys + [(oid.ljust(8, b"\0"), None) for oid in origins],  # NumPy drops trailing zeros
         )
+
+
+def _unpack_rows(leaf: Any, state: Any) -> tuple[ex.Extents, npt.NDArray[np.void], Move, tuple[Any, ...]]:
+    """Of a state of version 1: the tables as rows, which are not checked yet."""
+    packed, table, objects, to, moved = unpack_state(leaf, state, 5)
+    if not all(isinstance(b, bytes) for b in (packed, table, to, moved)) or not isinstance(objects, tuple):
+        raise broken(leaf, "has fields of wrong types")
+    if len(packed) % ex.EXTENT.itemsize or len(table) != len(objects) * SEGMENT.itemsize:
+        raise broken(leaf, f"has tables of {len(packed)} and {len(table)} bytes")
+    if len(to) not in (0, 8) or len(moved) % MOVED.itemsize:
+        raise broken(leaf, f"notes a move to {to!r} in {len(moved)} bytes")
+    move = Move(to, np.frombuffer(moved, MOVED)) if to else NOT_MOVED
+    return np.frombuffer(packed, ex.EXTENT), np.frombuffer(table, SEGMENT), move, objects
+
+
+def _validate_move(move: Move) -> None:
+    rows = move.rows
+    if np.any(rows["start"] >= rows["stop"]) or np.any(rows["start"][1:] < rows["stop"][:-1]):
+        raise FormatError("notes a move of bytes that are not sorted and disjoint")
 
 
 def _identity(obj: Any) -> tuple[Any, Any]:

@@ -139,6 +139,7 @@ class ExtentLeaf(_Watched):
                 index = len(table)
                 table.append(refs[i])
             mapping[i] = index
+        self.move = self.move.older()
         self._replace(ex.splice(self.extents, ex.renumber(new, mapping)), table)
 
     def cut(self, lo: int, hi: int) -> None:
@@ -149,7 +150,8 @@ class ExtentLeaf(_Watched):
 
     def _replace(self, extents: ex.Extents, table: Sequence[SegmentRef]) -> None:
         extents = ex.coalesce(extents)
-        used = ex.used(extents)
+        used, first = np.unique(extents["segment"], return_index=True)
+        used = used[np.argsort(first)]  # by first appearance: that takes less space, see `packing`
         mapping = np.zeros(len(table), np.int64)
         mapping[used] = np.arange(len(used))
         self.extents = ex.renumber(extents, mapping)

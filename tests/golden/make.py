@@ -1,6 +1,7 @@
-"""Made the golden database of format 1: ``python tests/golden/make.py`` (which refuses to do it again).
+"""Made the golden databases: ``python tests/golden/make.py NAME`` (which refuses to do it again).
 
-It is a promise: every later version opens, checks, reads and writes it. A new format gets another one beside it.
+They are a promise: every later version opens, checks, reads and writes them. v1 has leaves of version 1, v2 of version
+2. A new format gets another one beside them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from dask_zbig import database
 from dask_zbig.cluster.staging import begin_job, commit_entry
 from dask_zbig.segmentwriter import store_inline
 
-PATH = os.path.join(os.path.dirname(os.path.abspath(__file__)), "v1.zodb")
+DIRECTORY = os.path.dirname(os.path.abspath(__file__))
 
 
 def assign(root, name, array, order="C"):
@@ -66,10 +67,11 @@ def fill(root, commit):
     commit()
 
 
-def main():
-    if os.path.exists(PATH):
-        sys.exit(f"{PATH} is there, and stays as it is")
-    db = dz.open(PATH)
+def main(name):
+    path = os.path.join(DIRECTORY, f"{name}.zodb")
+    if os.path.exists(path):
+        sys.exit(f"{path} is there, and stays as it is")
+    db = dz.open(path)
     manager = transaction.TransactionManager()
     connection = db.open(manager)
     fill(connection.root(), manager.commit)
@@ -80,8 +82,8 @@ def main():
     db.pack()
     db.close()
     for suffix in (".lock", ".tmp", ".index"):
-        os.unlink(PATH + suffix)
+        os.unlink(path + suffix)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])

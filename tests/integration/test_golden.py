@@ -1,4 +1,4 @@
-"""The format is a promise: a database made by format 1 opens, is sound, reads and can be written to, for ever."""
+"""The format is a promise: databases made by older versions open, are sound, read and can be written to, for ever."""
 
 from __future__ import annotations
 
@@ -9,22 +9,29 @@ import numpy as np
 import pytest
 import transaction
 from persistent.mapping import PersistentMapping
+from ZODB.FileStorage import FileIterator
 
 import dask_zbig as dz
 from dask_zbig.cluster.staging import ROOT_KEY
+from dask_zbig.storage.records import read_record
 from dask_zbig.storage.segment import InlineSegment
 from tests.golden import values
 
-GOLDEN = os.path.join(os.path.dirname(values.__file__), "v1.zodb")
+GOLDEN = os.path.dirname(values.__file__)
 FORTRAN = {"f"}
 
 
+@pytest.fixture(params=["v1", "v2"])
+def version(request):
+    return request.param
+
+
 @pytest.fixture
-def path(tmp_path):
-    path = str(tmp_path / "v1.zodb")
-    shutil.copy(GOLDEN, path)
-    shutil.copy(GOLDEN + ".oid", path + ".oid")
-    shutil.copytree(GOLDEN + ".blobs", path + ".blobs")
+def path(tmp_path, version):
+    path, golden = str(tmp_path / f"{version}.zodb"), os.path.join(GOLDEN, f"{version}.zodb")
+    shutil.copy(golden, path)
+    shutil.copy(golden + ".oid", path + ".oid")
+    shutil.copytree(golden + ".blobs", path + ".blobs")
     return path
 
 
@@ -64,8 +71,20 @@ def layout(array):
     return {type(r.obj).__name__ for r in leaf.refs}, leaf.extents, len(leaf.move.rows)
 
 
-def test_it_has_what_it_is_to_have(path):
+def leaf_versions(path):
+    """Of the leaves that are stored."""
+    found = set()
+    for transaction_ in FileIterator(path):
+        for record in transaction_:
+            kind, state = read_record(record.oid, record.data)
+            if kind == "dask_zbig.storage.tree.ExtentLeaf":
+                found.add(state[0])
+    return found
+
+
+def test_it_has_what_it_is_to_have(path, version):
     """Or the other tests would say nothing."""
+    assert leaf_versions(path) == {int(version[1:])}
     db = dz.open(path)
     with db.transaction() as connection:
         root = connection.root()
@@ -79,8 +98,8 @@ def test_it_has_what_it_is_to_have(path):
         assert len(extents) < 16
         assert moved > 1
         kinds, extents, moved = layout(root["joined-blob"])
-        assert kinds == {"Blob"}
-        assert (len(extents), moved > 1) == (1, True)
+        assert kinds == ({"Blob"} if version == "v1" else {"Blob", "InlineSegment"})
+        assert (len(extents), moved > 1) == (1 if version == "v1" else 5, True)
         assert root["tera"]._file.depth == 2
         assert root["shrunk"]._file.truncation.count >= 1
         assert root["c"].dtype.isnative
@@ -181,7 +200,8 @@ def test_through_a_server(path, shared):
 
 def test_it_is_left_as_it_is():
     """Git has everything that is needed, and nothing else."""
-    names = sorted(os.listdir(os.path.dirname(GOLDEN)))
-    assert [n for n in names if n.startswith("v1")] == ["v1.zodb", "v1.zodb.blobs", "v1.zodb.oid"]
-    with open(GOLDEN + ".blobs/.layout") as file:
-        assert file.read() == "bushy"
+    names = sorted(os.listdir(GOLDEN))
+    for version in ("v1", "v2"):
+        assert [n for n in names if n.startswith(version)] == [f"{version}.zodb{x}" for x in ("", ".blobs", ".oid")]
+        with open(os.path.join(GOLDEN, f"{version}.zodb.blobs/.layout")) as file:
+            assert file.read() == "bushy"

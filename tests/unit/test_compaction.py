@@ -8,7 +8,7 @@ import pytest
 from ZODB.blob import Blob
 
 from dask_zbig.storage import extents as ex
-from dask_zbig.storage.compaction import BLOB_BYTES, WIDTH, to_join
+from dask_zbig.storage.compaction import BLOB_BYTES, DONE, DONE_INLINE, WIDTH, to_join
 from dask_zbig.storage.segment import InlineSegment, SegmentRef
 
 
@@ -22,52 +22,62 @@ def row(lengths):
     return ex.make([(a, b, i, 0) for i, (a, b) in enumerate(itertools.pairwise(ends))])
 
 
-def test_few_are_left_alone():
-    assert to_join(ex.empty(), []) == []
+@pytest.mark.parametrize("blobs", [True, False])
+def test_few_are_left_alone(blobs):
+    assert to_join(ex.empty(), [], blobs=blobs) == []
     lengths = [100] * (WIDTH - 1)
-    assert to_join(row(lengths), refs(*lengths)) == []
+    assert to_join(row(lengths), refs(*lengths), blobs=blobs) == []
 
 
-def test_many_small_ones_are_joined():
+@pytest.mark.parametrize("blobs", [True, False])
+def test_many_small_ones_are_joined(blobs):
     lengths = [100] * WIDTH
-    assert sorted(to_join(row(lengths), refs(*lengths))) == list(range(WIDTH))
+    assert sorted(to_join(row(lengths), refs(*lengths), blobs=blobs)) == list(range(WIDTH))
 
 
 def test_a_large_one_stays_out_of_it():
     lengths = [1 << 16] * 3 + [100] * WIDTH
-    assert sorted(to_join(row(lengths), refs(*lengths))) == list(range(3, WIDTH + 3))
+    assert sorted(to_join(row(lengths), refs(*lengths), blobs=True)) == list(range(3, WIDTH + 3))
 
 
-def test_blobs_and_what_became_one_are_never_joined():
-    lengths = [1000] * WIDTH
-    assert to_join(row(lengths), [SegmentRef(Blob(), n, 0) for n in lengths]) == []
+@pytest.mark.parametrize(("blobs", "size"), [(True, DONE), (False, DONE_INLINE)])
+def test_what_is_large_enough_is_never_joined(blobs, size):
+    lengths = [size] * WIDTH
+    assert to_join(row(lengths), refs(*lengths), blobs=blobs) == []
+    lengths = [size - 1] * WIDTH
+    assert to_join(row(lengths), refs(*lengths), blobs=blobs) != []
+
+
+def test_blobs_are_joined_to_larger_ones():
     lengths = [BLOB_BYTES] * WIDTH
-    assert to_join(row(lengths), refs(*lengths)) == []
+    segments = [SegmentRef(Blob(), n, 0) for n in lengths]
+    assert sorted(to_join(row(lengths), segments, blobs=True)) == list(range(WIDTH))
+    assert to_join(row(lengths), segments, blobs=False) == []  # (there were blobs once: these are no small objects)
 
 
 def test_blobs_of_which_little_is_left_are_joined():
     lengths = [1000] * WIDTH
     little = [SegmentRef(Blob(), 200_000, 0) for _ in lengths]
-    assert sorted(to_join(row(lengths), little)) == list(range(WIDTH))
-    much = [BLOB_BYTES] * WIDTH
-    assert to_join(row(much), [SegmentRef(Blob(), 10 * n, 0) for n in much]) == []
+    for blobs in (True, False):
+        assert sorted(to_join(row(lengths), little, blobs=blobs)) == list(range(WIDTH))
 
 
+@pytest.mark.parametrize("blobs", [True, False])
 @pytest.mark.parametrize("size", [1, 1024, 60_000])
-def test_many_commits(size):
+def test_many_commits(size, blobs):
     """As flush does it: append a segment, join what should be joined."""
     lengths, copied, most = [], 0, 0
     commits = 5000
     for _ in range(commits):
         lengths.append(size)
-        chosen = to_join(row(lengths), refs(*lengths))
+        chosen = to_join(row(lengths), refs(*lengths), blobs=blobs)
         if chosen:
             total = sum(lengths[i] for i in chosen)
             copied += total
             lengths = [n for i, n in enumerate(lengths) if i not in chosen]
-            if total < BLOB_BYTES:
+            if total < (DONE if blobs else DONE_INLINE):
                 lengths.append(total)
-            # (else it is a blob, and no longer counts)
+            # (else it no longer counts)
         most = max(most, len(lengths))
     assert most <= 4 * WIDTH
-    assert copied <= 5 * commits * max(size, 256)  # (the smallest tier is of up to 4 KiB)
+    assert copied <= 5 * commits * max(size, 64)  # (the smallest tier is of up to 512 bytes)

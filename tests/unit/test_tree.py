@@ -13,7 +13,7 @@ from ZODB.POSException import ConflictError
 from dask_zbig.array.zbigarray import ZBigArray
 from dask_zbig.errors import FormatError, NotStoredError
 from dask_zbig.storage import extents as ex
-from dask_zbig.storage.format import FANOUT, LEAF_BYTES, VERSION
+from dask_zbig.storage.format import FANOUT, LEAF_BYTES, LEAF_VERSION, VERSION
 from dask_zbig.storage.leafstate import MOVED, LeafState
 from dask_zbig.storage.segment import InlineSegment, SegmentRef, checksum
 from dask_zbig.storage.tree import ExtentLeaf, ExtentNode, Journal, Truncation, ZBigFile, checked, node_bytes
@@ -331,15 +331,16 @@ GOOD = {
 }
 
 
-@pytest.mark.parametrize("cls", GOOD)
-def test_states(cls):
+@pytest.mark.parametrize(("cls", "state"), [*GOOD.items(), (ExtentLeaf, (LEAF_VERSION, b"", ()))])
+def test_states(cls, state):
     obj = cls.__new__(cls)
-    obj.__setstate__(GOOD[cls])
-    with pytest.raises(FormatError, match=rf"{cls.__name__} .*newer .*version 2;"):
-        cls.__new__(cls).__setstate__((2, *GOOD[cls][1:]))
+    obj.__setstate__(state)
+    newer = 1 + (LEAF_VERSION if cls is ExtentLeaf else VERSION)
+    with pytest.raises(FormatError, match=rf"{cls.__name__} .*newer .*version {newer};"):
+        cls.__new__(cls).__setstate__((newer, *state[1:]))
     with pytest.raises(FormatError, match=rf"{cls.__name__} .*version -1"):
-        cls.__new__(cls).__setstate__((-1, *GOOD[cls][1:]))
-    for bad in [(*GOOD[cls], 1), GOOD[cls][:-1], (), None, {}, ("1",), (True, *GOOD[cls][1:]), b"x"]:
+        cls.__new__(cls).__setstate__((-1, *state[1:]))
+    for bad in [(*state, 1), state[:-1], (), None, {}, ("1",), (True, *state[1:]), b"x"]:
         with pytest.raises(FormatError, match=cls.__name__):
             cls.__new__(cls).__setstate__(bad)
 
