@@ -169,9 +169,12 @@ class _Batch:
         if len(extents) > FRAGMENTED and len(extents) > 2 * len(ex.covered(extents)):
             return [ref.key for ref in leaf.refs]
         blobs = self._target.blobs
-        done = DONE if blobs else DONE_INLINE
-        shown = zip(leaf.refs, _sizes(leaf).tolist(), strict=True)
-        small = [ref.key for ref, size in shown if size < done and (blobs or ref.inline)]
+        sizes = zip(leaf.refs, _sizes(leaf).tolist(), strict=True)
+        able = [(ref.key, size) for ref, size in sizes if size < DONE and (blobs or ref.inline)]
+        small = [key for key, size in able if size < DONE_INLINE]
+        medium = [key for key, size in able if size >= DONE_INLINE]
+        if blobs and len(medium) > 1:  # (of one there would be just another copy)
+            small += medium
         sparse = [ref.key for i, ref in enumerate(leaf.refs) if self._is_sparse(ref, extents[extents["segment"] == i])]
         return list(dict.fromkeys(small + sparse)) if sparse or len(small) > 1 else []
 

@@ -29,7 +29,7 @@ from dask_zbig.storage.compaction import BLOB_BYTES, to_join
 from dask_zbig.storage.format import LEAF_BYTES
 from dask_zbig.storage.segment import BytesSource, SegmentRef
 from dask_zbig.storage.tree import ZBigFile, checked
-from dask_zbig.trim import compose, torn, trim
+from dask_zbig.trim import STEP, compose, torn, trim
 
 __all__ = ["flush", "guard_truncation", "join_segments"]
 
@@ -60,16 +60,30 @@ def _trimmed(file: OpenFile, changes: Changes) -> npt.NDArray[np.void]:
         part = ex.clip(todo, lo, hi)
         # What was written without a look at the old bytes need not be compared if these would have to be fetched. Nor
         # with a hole: zeros that are among the new bytes would only cut them into pieces.
-        unseen = ex.no_ranges()
-        if len(changes.written):
-            far = [i for i in ex.used(base).tolist() if not base_sources[i].local()]
+        far = [i for i, source in enumerate(base_sources) if not source.local()]
+        certain: list[tuple[int, int]] = []
+        if not far and hi - lo <= STEP:
+            certain = _uncovered(changes.written, base, lo, hi)
+        elif len(changes.written):
             there = ex.covered(base[~np.isin(base["segment"], far)])
             unseen = ex.intersect(changes.written, ex.subtract(ex.one_range(lo, hi), there))
-        parts.append(ex.restrict(part, unseen))
-        rest = ex.restrict(part, ex.subtract(ex.one_range(lo, hi), unseen))
-        parts.append(trim(rest, changes.sources, base, base_sources, file.owner.granule))
+            parts.append(ex.restrict(part, unseen))
+            part = ex.restrict(part, ex.subtract(ex.one_range(lo, hi), unseen))
+        parts.append(trim(part, changes.sources, base, base_sources, file.owner.granule, certain))
     joined = np.concatenate(parts)
     return joined[np.argsort(joined["start"], kind="stable")]
+
+
+def _uncovered(written: ex.Ranges, base: npt.NDArray[np.void], lo: int, hi: int) -> list[tuple[int, int]]:
+    """The parts of [lo, hi) that were written and are a hole in the base. (For a few rows, faster than by arrays.)"""
+    holes, at = [], lo
+    for start, stop, *_ in base.tolist():
+        if start > at:
+            holes.append((at, start))
+        at = stop
+    holes.append((at, hi))
+    found = [(max(a, x), min(b, y)) for a, b in written.tolist() for x, y in holes]
+    return [(a, b) for a, b in found if a < b]
 
 
 def _whole_elements(file: OpenFile, changes: Changes) -> None:

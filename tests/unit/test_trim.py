@@ -135,3 +135,38 @@ def test_compose():
     extents = ex.make([(5, 8, 0, 1), (8, 9, 1, 0), (12, 14, 0, 0)])
     sources = [BytesSource(b"abcd"), BytesSource(b"z")]
     assert compose(extents, sources, 4, 13) == b"\0bcdz\0\0\0a"
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 40), st.integers(1, 40), st.integers(0, 2), st.integers(0, 30_000)),
+        min_size=1,
+        max_size=30,
+    )
+)
+def test_compose_many_pieces(pieces):
+    """Of several sources, in any order, near each other or far, overlapping in them or not."""
+    data = [np.random.default_rng(i).integers(0, 256, 40_000, "u1").tobytes() for i in range(3)]
+    rows, at = [], 0
+    for gap, size, index, offset in pieces:
+        rows.append((at + gap, at + gap + size, index, offset))
+        at += gap + size
+    expected = bytearray(at + 10)
+    for start, stop, index, offset in rows:
+        expected[start:stop] = data[index][offset : offset + stop - start]
+    sources = [BytesSource(x) for x in data]
+    assert compose(ex.make(rows), sources, 0, at + 10) == expected
+    assert compose(ex.make(rows), sources, 1, at) == expected[1:at]
+
+
+def test_certain_ranges_count_as_changed():
+    old, new = np.zeros(2 * PAGE, "u1"), np.zeros(2 * PAGE, "u1")
+    new[100:108] = 1
+    extents = ex.make([(PAGE, 3 * PAGE, 0, 0)])
+    base = ex.make([(PAGE, 3 * PAGE, 0, 0)])
+    sources = [BytesSource(new.tobytes())], base, [BytesSource(old.tobytes())]
+    assert trim(extents, *sources, 8)[["start", "stop"]].tolist() == [(PAGE + 96, PAGE + 112)]
+    certain = [(0, 50), (PAGE, PAGE + 16), (PAGE + 112, PAGE + 120), (3 * PAGE - 8, 4 * PAGE)]
+    found = trim(extents, *sources, 8, certain)
+    expected = [(PAGE, PAGE + 16), (PAGE + 96, PAGE + 120), (3 * PAGE - 8, 3 * PAGE)]
+    assert found[["start", "stop"]].tolist() == expected
