@@ -138,7 +138,7 @@ def _fill(space: Space, lo: int, thread: int, recheck: bool) -> None:
             service.serve(lo, lo + BLOCK, recheck)
             return
         except StaleFill:
-            return  # whoever waits was woken by what made it stale, and asks again
+            continue  # (what has changed need not be this block: then nobody would ask for it again)
         except BaseException as error:  # noqa: BLE001 - any error must reach the thread that waits
             if space.closed:
                 return  # whoever waits was woken by that, too, and hears of it; who asked may be gone long since
