@@ -30,6 +30,7 @@ __all__ = [
     "Location",
     "database",
     "has_blobs",
+    "is_open",
     "locate",
     "location",
     "open",
@@ -101,7 +102,7 @@ def register(db: ZODB.DB) -> Location:
     ForkError
         It was opened before this process was forked.
     """
-    if not _is_open(db):
+    if not is_open(db):
         raise ClosedError(f"the database {db.database_name!r} is closed")
     known = _registry.get(db)
     if known is None:
@@ -223,7 +224,7 @@ def open_at(
     """
     if not isinstance(tid, bytes) or len(tid) != 8:
         raise SnapshotError(f"{tid!r} is no snapshot: a transaction id is 8 bytes")
-    if not _is_open(db):
+    if not is_open(db):
         raise ClosedError(f"the database {db.database_name!r} is closed")
     deadline = time.monotonic() + timeout
     while True:
@@ -279,12 +280,13 @@ def sync(db: ZODB.DB) -> None:
         elif storage is None or hasattr(storage, "ping"):  # (ZEO takes the method away)
             raise ClosedError(f"the database {db.database_name!r} is closed")
     except ClientDisconnected as error:
-        if not _is_open(db):
+        if not is_open(db):
             raise ClosedError(f"the database {db.database_name!r} is closed") from error
         raise DatabaseUnavailableError(f"the server of {location(db).alias} does not answer") from error
 
 
-def _is_open(db: ZODB.DB) -> bool:
+def is_open(db: ZODB.DB) -> bool:
+    """Return whether a database has not been closed."""
     return "storage" in vars(db)  # DB.close() deletes it, and there is no other sign
 
 
@@ -336,7 +338,7 @@ class _Registry:
         pid = os.getpid()
         with self._lock:
             for db, known in reversed(list(self._locations.items())):
-                if known.alias == alias and known.pid == pid and _is_open(db):
+                if known.alias == alias and known.pid == pid and is_open(db):
                     return db
         return None
 
@@ -347,7 +349,7 @@ class _Registry:
             mine = future is None
             if future is None:
                 found = self.find(alias) or self._kept.get(alias)
-                if found is not None and _is_open(found):
+                if found is not None and is_open(found):
                     return found
                 future = self._opening[alias] = Future()
         if mine:

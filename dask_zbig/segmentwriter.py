@@ -221,7 +221,7 @@ def add_blobs(
             blob.consumeFile(source.path)
         else:
             source.give(blob.consumeFile)
-        _remove_if_not_stored(blob)
+        _remove_if_not_stored(blob, connection.transaction_manager.get())
         _once(connection, blob)
         ref = SegmentRef(blob, source.length, digest)
         if file is not None:
@@ -230,9 +230,11 @@ def add_blobs(
     return refs
 
 
-def _remove_if_not_stored(blob: Blob) -> None:
+def _remove_if_not_stored(blob: Blob, current: Any) -> None:
     """ZODB's own callback for this is lost if a blob dies as part of a cycle: after a commit that failed, it does."""
-    weakref.finalize(blob, _unlink, blob._p_blob_uncommitted, os.getpid())
+    # Not when the blob ends, but its transaction: while code runs at the end of a persistent object, another thread may
+    # take that from the connection's cache (see `storage.tree._Callbacks`).
+    weakref.finalize(current, _unlink, blob._p_blob_uncommitted, os.getpid())
 
 
 def _unlink(path: str, pid: int) -> None:

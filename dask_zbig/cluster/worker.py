@@ -62,7 +62,20 @@ class _Pool:
                 self._idle[id(connection)] = (key, connection, used)
             spare = [self._idle.popitem(last=False)[1][1] for _ in range(len(self._idle) - IDLE)]
         for old in spare if used < RETIRE_BYTES else [*spare, connection]:
-            old.close()
+            _close(old)
+
+
+def _close(connection: Any) -> None:
+    """Close it, unless its database was closed meanwhile.
+
+    A task may open a connection while another thread closes the database, which then does not know of it: it is left
+    open, and there is no pool any more that would take it back.
+    """
+    try:
+        connection.close()
+    except (KeyError, AssertionError):  # what ZODB's pool raises for a connection that it has never seen
+        if database.is_open(connection.db()):
+            raise
 
 
 _pool = _Pool()

@@ -19,6 +19,7 @@ import errno
 import gc
 import os
 import signal
+import sys
 import threading
 import time
 
@@ -35,6 +36,8 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.02, 1.0
 
 #: Seconds that a finalizer, or a loader, waits for bytes.
 PATIENCE = 5.0
+
+ctypes.pythonapi.PyThread_get_thread_ident.restype = ctypes.c_ulong
 
 _lock = threading.Lock()
 _pid = 0
@@ -59,13 +62,26 @@ def ensure_loaders() -> None:
             gc.callbacks.append(_collecting)
         _loaders.clear()  # those of the process that we were forked from
         for k in range(THREADS):
-            threading.Thread(target=_run, name=f"zbig-loader-{k}", daemon=True).start()
+            _start_native(f"zbig-loader-{k}")
         _pid = os.getpid()
+
+
+def _start_native(name: str) -> None:
+    """Start a loader in a thread of the kernel's own.
+
+    Where gevent has put greenlets in the place of threads, a loader that was one of those would never run: whoever
+    waits for it does so in the thread that all of them share.
+    """
+    gevent = sys.modules.get("gevent.monkey")
+    if gevent is not None and gevent.is_module_patched("threading"):
+        gevent.get_original("_thread", "start_new_thread")(_run, ())
+    else:
+        threading.Thread(target=_run, name=name, daemon=True).start()
 
 
 def _run() -> None:
     request = ffi.new("zb_request *")
-    _loaders.add(threading.get_ident())
+    _loaders.add(ctypes.pythonapi.PyThread_get_thread_ident())  # (threading's would be the greenlet's)
     while lib.zb_request_next(request) == 0:
         space = find_space(request.space)
         if request.want & lib.ZB_WANT_NOTICE:
@@ -122,7 +138,7 @@ def _fill(space: Space, lo: int, thread: int, recheck: bool) -> None:
             service.serve(lo, lo + BLOCK, recheck)
             return
         except StaleFill:
-            return  # whoever waits was woken by what made it stale, and asks again
+            continue  # (what has changed need not be this block: then nobody would ask for it again)
         except BaseException as error:  # noqa: BLE001 - any error must reach the thread that waits
             if space.closed:
                 return  # whoever waits was woken by that, too, and hears of it; who asked may be gone long since

@@ -9,6 +9,7 @@ These classes are imported by storage servers too, to resolve conflicts: this mo
 from __future__ import annotations
 
 import itertools
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -48,8 +49,38 @@ MAX_MOVED = 64
 #: What later versions of ZODB make of it.
 _StateLoadError: Any = getattr(POSException, "StateLoadError", ())
 
-_watchers: weakref.WeakKeyDictionary[Any, Callable[[], None]] = weakref.WeakKeyDictionary()
-_storers: weakref.WeakKeyDictionary[Any, Callable[[Any], None]] = weakref.WeakKeyDictionary()
+
+class _Callbacks:
+    """What to call for which object, which is held weakly. Thread-safe.
+
+    A `WeakKeyDictionary` would have Python code run when an object dies, which lets other threads run: the connection's
+    own would still find the object in the connection's cache, and have a pointer to freed memory. So no weak reference
+    to a persistent object may have a callback, and what is left of those that died is swept up here now and then.
+    """
+
+    _FEW = 256
+
+    def __init__(self) -> None:
+        self._by_id: dict[int, tuple[weakref.ref[Any], Callable[..., None]]] = {}
+        self._sweep_at = self._FEW
+        self._lock = threading.RLock()  # a garbage collection may come in while it is held
+
+    def set(self, obj: Any, callback: Callable[..., None]) -> None:
+        with self._lock:
+            if len(self._by_id) >= self._sweep_at:
+                for key, known in list(self._by_id.copy().items()):
+                    if known[0]() is None and self._by_id.get(key) is known:
+                        del self._by_id[key]
+                self._sweep_at = max(self._FEW, 2 * len(self._by_id))
+            self._by_id[id(obj)] = (weakref.ref(obj), callback)
+
+    def get(self, obj: Any) -> Callable[..., None] | None:
+        ref, callback = self._by_id.get(id(obj), (None, None))
+        return callback if ref is not None and ref() is obj else None  # (else it was another one's, at this address)
+
+
+_watchers = _Callbacks()
+_storers = _Callbacks()
 
 
 def watch(obj: _Watched, callback: Callable[[], None]) -> None:
@@ -57,12 +88,12 @@ def watch(obj: _Watched, callback: Callable[[], None]) -> None:
 
     Not called for the connection's own commits. Works for ghosts. The callback must not load anything.
     """
-    _watchers[obj] = callback
+    _watchers.set(obj, callback)
 
 
 def on_store(file: ZBigFile, callback: Callable[[Any], None]) -> None:
     """Have `callback(connection or None)` called before the state of a file is taken, to store or to pickle."""
-    _storers[file] = callback
+    _storers.set(file, callback)
 
 
 def node_bytes(level: int) -> int:

@@ -16,6 +16,7 @@ import signal
 import sys
 import tempfile
 
+import dask
 import numpy as np
 import scenarios
 import transaction
@@ -25,6 +26,8 @@ import dask_zbig as dz
 
 SIZE = 100_000
 SECONDS = 60  # for a commit
+
+dask.config.set({"zbig.load-timeout": SECONDS})  # (`scenarios`, which fails on purpose, has no patience)
 
 
 class Harness:

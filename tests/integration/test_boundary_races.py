@@ -15,6 +15,7 @@ from persistent import Persistent
 from dask_zbig import openfile
 from dask_zbig.basemap import BaseMap
 from dask_zbig.mapping import Mapping
+from dask_zbig.memory._native import BLOCK
 from dask_zbig.memory.space import Space
 from dask_zbig.openfile import OpenFile
 from dask_zbig.storage.format import LEAF_BYTES
@@ -72,7 +73,7 @@ def watch(one, action):
 
 
 def in_a_thread(action):
-    thread = threading.Thread(target=action)
+    thread = threading.Thread(target=action, daemon=True)  # (else the process would wait for one that hangs)
     thread.start()
     return thread
 
@@ -153,6 +154,77 @@ def test_a_loader_that_comes_with_an_old_leaf_is_too_late(merging, monkeypatch):
     go_on.set()
     joined(reader)
     assert a[place] == 2
+
+
+# guard: loader.py, `_fill`: again after StaleFill; else the reader slept for ever: what had changed was another block
+def test_a_savepoint_while_a_leaf_is_loaded_for_another_block(merging, monkeypatch):
+    monkeypatch.setattr(openfile, "EAGER_LEAVES", 0)
+    original = BaseMap.leaves_of
+    loaded, go_on = threading.Event(), threading.Event()
+
+    def slow(file, ranges):
+        found = original(file, ranges)
+        loaded.set()
+        assert go_on.wait(SECONDS)
+        return found
+
+    merging.new(LEAF_BYTES + SIZE, "u1")
+    one, A, two, B = merging.pair()
+    B[0] = 5
+    two.commit()
+    one.begin()
+    a = A[:]
+    a[-1] = 1
+    seen = []
+    with monkeypatch.context() as patch:
+        patch.setattr(BaseMap, "leaves_of", staticmethod(slow))
+        reader = in_a_thread(lambda: seen.append(a[0]))
+        assert loaded.wait(SECONDS)
+        one.savepoint()
+        go_on.set()
+        joined(reader)
+    assert seen == [5]
+
+
+# the same guard: a resize forgets all of the leaf in which the array ends, and drops what is cut off
+def test_a_resize_while_a_block_is_filled(merging, monkeypatch):
+    size = 4 * BLOCK
+    merging.new(size, "u1")
+    one, A, two, B = merging.pair()
+    B[0] = 5
+    two.commit()
+    one.begin()
+    a = A[:]
+    opened = A._open()
+    fill, refill = Mapping.map, Mapping.refill
+    coming, go_on, tried = threading.Event(), threading.Event(), threading.Event()
+
+    def held(self, owner, lo, hi, local_only):
+        if threading.current_thread().name.startswith("zbig-loader") and not coming.is_set():
+            coming.set()
+            assert go_on.wait(SECONDS)
+            try:
+                fill(self, owner, lo, hi, local_only)
+            finally:
+                tried.set()
+        else:
+            fill(self, owner, lo, hi, local_only)
+
+    def after_the_loader(self, owner):
+        go_on.set()
+        assert tried.wait(SECONDS)
+        refill(self, owner)
+
+    seen = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Mapping, "map", held)
+        patch.setattr(Mapping, "refill", after_the_loader)
+        opened.space.drop(0, 1)
+        reader = in_a_thread(lambda: seen.append(a[0]))
+        assert coming.wait(SECONDS)
+        A.resize(3 * BLOCK)
+        joined(reader)
+    assert seen == [5]
 
 
 # guard: openfile.py, `_stale`: drop first, then see what is dirty. Else the 0 at LAST is written over the 2

@@ -64,9 +64,9 @@ def stored(tmp_path_factory):
     return directory
 
 
-def script(body, cwd, status=0, env=None):
+def script(body, cwd, status=0, env=None, before=""):
     done = subprocess.run(
-        [sys.executable, "-c", PRELUDE + textwrap.dedent(body)],
+        [sys.executable, "-c", before + PRELUDE + textwrap.dedent(body)],
         cwd=cwd, capture_output=True, text=True, timeout=100, check=False, env={**os.environ, **(env or {})},
     )  # fmt: skip
     assert done.returncode == status, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
@@ -366,6 +366,43 @@ def test_threads_that_end_during_a_load(tmp_path):
         """,
         tmp_path,
     )
+
+
+# guard: loader.py, `_start_native`; without -> it hung: no greenlet runs while their thread waits for one
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_loaders_are_threads_where_gevent_has_greenlets(tmp_path, when):
+    """Patched before we are imported, or after; greenlets share views, and one is told of a load that failed."""
+    pytest.importorskip("gevent")
+    script(WRITE, tmp_path)
+    patch = "import gevent, gevent.monkey; gevent.monkey.patch_all()\n"
+    body = """
+    dask.config.set({"zbig.load-timeout": 0.5})
+    away()
+    view = root["A"][:]
+    def read():
+        try:
+            value = view[0]
+            for _ in range(10**6): pass
+            return value
+        except dz.LoadError:
+            return "told"
+    assert gevent.spawn(read).get() == "told"
+    back()
+    transaction.abort()
+    view = absent()
+    greenlets = [gevent.spawn(lambda k=k: int(view[k * BLOCK : (k + 1) * BLOCK].sum())) for k in range(16)]
+    gevent.joinall(greenlets, raise_error=True)
+    assert [g.value for g in greenlets] == [7 * BLOCK] * 16
+    thread = threading.Thread(target=lambda: view.__setitem__(5, 8))
+    thread.start()
+    thread.join()
+    transaction.commit()
+    assert root["A"][4:7].tolist() == [7, 8, 7]
+    """
+    if when == "before":
+        script(body, tmp_path, before=patch)
+    else:
+        script(patch + textwrap.dedent(body), tmp_path)
 
 
 @pytest.mark.parametrize("daemon", [True, False])

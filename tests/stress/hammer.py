@@ -42,6 +42,9 @@ BULK = 300  # rows: more than a block
 SLOTS = 400  # words of each thread in S
 CREW = 4
 WARM_UP = 3.0
+#: What each run must have done, however short it is.
+MUST = {"row changes", "bulk changes", "slot changes", "reads", "commits", "commits while others write", "aborts"}
+MUST |= {"conflicts", "savepoints", "appends", "cache minimizations", "collections", "closings"}
 SCRATCH = ("zbig", ".zbig", "BUC", "savepoint", "tmp")
 
 _PLACE = np.arange(WORDS, dtype="u8")
@@ -119,11 +122,15 @@ class Hammer:
         for db in self.databases:
             synchronize(db)
 
-    def run(self, seconds):
+    def run(self, seconds, must=frozenset(), patience=60):
+        """For `seconds`, and for up to `patience` more until all of `must` was done."""
         threads = [threading.Thread(target=self._guarded, args=(job,)) for crew in self.crews for job in crew.jobs()]
         for thread in threads:
             thread.start()
         self.stop.wait(seconds)
+        end = time.monotonic() + patience
+        while must - self.done.keys() and time.monotonic() < end and not self.stop.wait(0.1):
+            pass
         self.stop.set()
         for thread in threads:
             thread.join()
@@ -485,7 +492,7 @@ def what_there_is(directory):
     }
 
 
-def hammer(address, threads, seconds, seed):
+def hammer(address, threads, seconds, seed, must=frozenset()):
     """One run, from opening the database to closing it. Returns what was done."""
     databases = [dz.open(address)]
     if "://" in address:
@@ -495,7 +502,7 @@ def hammer(address, threads, seconds, seed):
     try:
         it = Hammer(databases, threads, seed)
         it.create()
-        it.run(seconds)
+        it.run(seconds, must)
         if it.errors:
             sys.exit("\n".join(it.errors[:5]))
         it.check_all()
@@ -517,9 +524,9 @@ def main():
     faulthandler.dump_traceback_later(args.seconds + WARM_UP + args.hang, exit=True)
     hammer(args.address, args.threads, WARM_UP, args.seed)
     before = what_there_is(args.directory)
-    done = hammer(args.address, args.threads, args.seconds, args.seed + 1)
+    done = hammer(args.address, args.threads, args.seconds, args.seed + 1, MUST)
     after = what_there_is(args.directory)
-    print(json.dumps({"done": done, "before": before, "after": after}))
+    print(json.dumps({"done": done, "not done": sorted(MUST - done.keys()), "before": before, "after": after}))
 
 
 if __name__ == "__main__":

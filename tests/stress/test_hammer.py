@@ -1,7 +1,7 @@
 """64 threads hammer one array: no wrong byte, no deadlock, and nothing left behind. See hammer.py, which does it.
 
-ZBIG_HAMMER_SECONDS (8): how long, on each kind of database. ZBIG_HAMMER_KINDS ("filestorage"): which, of "filestorage",
-"zeo" and "zeo-cache". With ZEO it has once met a reference to a blob of another connection, which a commit refused.
+ZBIG_HAMMER_SECONDS (4): how long, on each kind of database. ZBIG_HAMMER_KINDS ("filestorage,zeo,zeo-cache"): which.
+ZBIG_HAMMER_SEED (0).
 """
 
 from __future__ import annotations
@@ -18,14 +18,12 @@ import dask_zbig as dz
 
 pytestmark = pytest.mark.stress
 
-SECONDS = float(os.environ.get("ZBIG_HAMMER_SECONDS", "8"))
+SECONDS = float(os.environ.get("ZBIG_HAMMER_SECONDS", "4"))
 HANG = 150  # seconds more
 HAMMER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "hammer.py")
-MUST = {"row changes", "bulk changes", "slot changes", "reads", "commits", "commits while others write", "aborts"}
-MUST |= {"conflicts", "savepoints", "appends", "cache minimizations", "collections", "closings"}
 
 
-@pytest.mark.parametrize("kind", os.environ.get("ZBIG_HAMMER_KINDS", "filestorage").split(","))
+@pytest.mark.parametrize("kind", os.environ.get("ZBIG_HAMMER_KINDS", "filestorage,zeo,zeo-cache").split(","))
 def test_hammer(tmp_path, kind):
     temporary = tmp_path / "tmp"
     temporary.mkdir()
@@ -47,7 +45,7 @@ def test_hammer(tmp_path, kind):
     said = json.loads(done.stdout)
     print(said)
     before, after = said["before"], said["after"]
-    assert {what for what in MUST if not said["done"].get(what)} == set()
+    assert said["not done"] == []
     assert after["scratch files"] == before["scratch files"] == 0
     assert after["threads"] == before["threads"]
     assert after["descriptors"] <= before["descriptors"] + 2  # (what a collection has not reached yet)

@@ -316,6 +316,28 @@ def test_threads_at_many_snapshots_keep_few_connections(client, caplog):
 # -- what can go wrong
 
 
+# guard: worker.py, `_close`; without -> KeyError, in a task that has nothing to do with that database
+def test_a_task_that_opened_a_connection_while_its_database_was_closed(source, client, data, tmp_path, monkeypatch):
+    db = dz.open(tmp_path / "other.fs")
+    other = db.open(transaction.TransactionManager())
+    where = store(other, data).origin
+    other.close()
+    close = db._mvcc_storage.close
+
+    def read_and_close():
+        with worker.reading(where.location, where.tid, 1):
+            pass
+        close()
+
+    monkeypatch.setattr(db._mvcc_storage, "close", read_and_close)
+    db.close()
+    ((_, connection, _),) = worker._pool._idle.values()
+    assert connection.opened is not None  # by nobody who would close it
+    for k in range(worker.IDLE):
+        assert store(client.connection, np.full(1000, k))[:][0] == k
+    assert connection not in [idle for _, idle, _ in worker._pool._idle.values()]
+
+
 def test_a_segment_that_cannot_be_loaded_is_an_ordinary_error(local, client, data):
     """Not one that comes later, out of nowhere: the task fails and Dask may try it again."""
     source = store(client.connection, data)

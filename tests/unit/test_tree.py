@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import numpy as np
 import pytest
 import transaction
@@ -16,7 +18,17 @@ from dask_zbig.storage import extents as ex
 from dask_zbig.storage.format import FANOUT, LEAF_BYTES, LEAF_VERSION, VERSION
 from dask_zbig.storage.leafstate import MOVED, LeafState
 from dask_zbig.storage.segment import InlineSegment, SegmentRef, checksum
-from dask_zbig.storage.tree import ExtentLeaf, ExtentNode, Journal, Truncation, ZBigFile, checked, node_bytes
+from dask_zbig.storage.tree import (
+    ExtentLeaf,
+    ExtentNode,
+    Journal,
+    Truncation,
+    ZBigFile,
+    _Callbacks,
+    checked,
+    node_bytes,
+    watch,
+)
 
 N = 60  # bytes that the model looks at
 
@@ -542,3 +554,48 @@ def test_round_trip_in_a_database():
     assert leaf.refs[0].checksum == checksum(b"hello")
     conn.close()
     db.close()
+
+
+# -- what is called
+
+
+def test_a_callback_is_called_for_its_object_and_while_that_lives():
+    called = []
+    leaf = ExtentLeaf()
+    watch(leaf, lambda: called.append(1))
+    leaf._p_invalidate()
+    watch(leaf, lambda: called.append(2))
+    leaf._p_invalidate()
+    assert called == [1, 2]
+
+
+# guard: tree.py, `_Callbacks.get`: `ref() is obj`; else the new leaf was taken for the old one
+def test_a_callback_is_not_called_for_another_object_at_the_same_address():
+    called = []
+    leaf = ExtentLeaf()
+    watch(leaf, lambda: called.append(1))
+    address = id(leaf)
+    del leaf
+    leaves = [ExtentLeaf() for _ in range(1000)]
+    (again,) = [one for one in leaves if id(one) == address]
+    again._p_invalidate()
+    assert called == []
+
+
+# guard: tree.py, `_Callbacks.set`: sweeps; else there were 10,000
+def test_callbacks_of_objects_that_died_are_forgotten():
+    callbacks = _Callbacks()
+    kept = [ExtentLeaf() for _ in range(200)]
+    for leaf in kept:
+        callbacks.set(leaf, kept.clear)
+    elsewhere = []
+    for _ in range(10):
+        leaves = [ExtentLeaf() for _ in range(1000)]
+        for leaf in leaves:
+            callbacks.set(leaf, print)
+        leaves.clear()
+        leaf = None
+        gc.collect()
+        elsewhere += [ExtentLeaf() for _ in range(1000)]  # the next ones will be at other addresses
+    assert len(callbacks._by_id) < 4000
+    assert all(callbacks.get(one) == kept.clear for one in kept)
