@@ -18,7 +18,7 @@ from ZODB.FileStorage.FileStorage import FileStorageFormatError
 from ZODB.POSException import POSError
 
 from dask_zbig import config, tls, uris
-from dask_zbig.errors import DatabaseUnavailableError, ZBigError
+from dask_zbig.errors import DatabaseUnavailableError, DatabaseURIError, ZBigError
 from dask_zbig.storage.filestorage import FileStorage, blob_directory, create_directory
 from dask_zbig.storage.tempdir import PrivateDirectory
 
@@ -279,7 +279,7 @@ def _understanding(text: str) -> Iterator[None]:
     except ZBigError:
         raise
     except (FileStorageFormatError, IsADirectoryError) as error:
-        raise uris.bad(text, error) from error
+        raise DatabaseURIError(uris.mask(str(error))) from error  # which names the file, and what it is not
     except POSError:
         raise
     except (ZConfig.ConfigurationError, LookupError, TypeError, ValueError) as error:

@@ -266,9 +266,9 @@ def check_address(address: Address, *, encrypted: bool = False, insecure: bool =
         return
     if not insecure:
         raise ServerError(
-            f"{host!r} can be reached from other hosts, and without TLS whoever connects can read and change the "
-            "database, and run code: give the server a certificate and a key, and the certificates of its clients "
-            "(see the README on security), or listen at a unix socket"
+            f"{host or 'every address'!r} can be reached from other hosts, and without TLS whoever connects can read "
+            "and change the database, and run code: give the server a certificate and a key, and the certificates of "
+            "its clients (see docs/howto/hosts.md), or listen at a unix socket"
         )
     _logger.warning("INSECURE: whoever can reach %s:%s can read and change the database, and run code", host, port)
 

@@ -129,7 +129,8 @@ class ArrayInfo:
         cell = 'style="text-align: left; padding: 1px 12px 1px 0"'
         body = "".join(f"<tr><th {cell}>{name}</th><td {cell}>{_escape(text)}</td></tr>" for name, text in self.rows())
         title = f'<tr><th {cell} colspan="2">{_escape(self.kind)}</th></tr>'
-        picture = f'<td style="padding: 24px 0 0 20px; vertical-align: top">{self._svg()}</td>' if self.picture else ""
+        svg = self._svg() if self.picture and self.nbytes else ""
+        picture = f'<td style="padding: 24px 0 0 20px; vertical-align: top">{svg}</td>' if svg else ""
         table = f'<table style="border-collapse: collapse">{title}{body}</table>'
         return f'<table class="zbig-array"><tr><td style="vertical-align: top">{table}</td>{picture}</tr></table>'
 
@@ -266,7 +267,7 @@ def _runs(bins: tuple[float, ...]) -> list[tuple[int, int, float]]:
     """Neighbours that look alike, joined: (first, last + 1, how dark). What is there at all shall be seen."""
     runs: list[tuple[int, int, float]] = []
     for n, part in enumerate(bins):
-        shade = round(0.25 + 0.75 * part, 1) if part else 0.0
+        shade = round(0.45 + 0.55 * part, 1) if part else 0.0
         if runs and runs[-1][2] == shade:
             runs[-1] = (runs[-1][0], n + 1, shade)
         else:

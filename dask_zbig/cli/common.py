@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
@@ -38,6 +39,8 @@ __all__ = [
     "uri_argument",
 ]
 
+#: Seconds after which it is said what one waits for.
+_SOON = 2.0
 #: What belongs to dask_zbig itself, and holds no arrays.
 _OURS = ("dask_zbig.staging",)
 
@@ -65,8 +68,24 @@ def opened(uri: str, *, write: bool = False, create: bool = False) -> Iterator[A
         raise DatabaseUnavailableError(f"there is no FileStorage {path!r}")
     if path is not None and not write and uris.classify(uri)[0] == "path":
         uri = uris.file_uri(os.path.abspath(uri), read_only="1")
-    with contextlib.closing(database.open(uri)) as db:
+    with _patience(uri):
+        db = database.open(uri)
+    with contextlib.closing(db):
         yield db
+
+
+@contextlib.contextmanager
+def _patience(uri: str) -> Iterator[None]:
+    """Say, on a terminal, what one waits for if a server does not answer soon."""
+    text = f"waiting for {uris.mask(uri)}, as long as zbig.zeo.wait-timeout says"
+    timer = threading.Timer(_SOON, click.echo, [text], {"err": True})
+    timer.daemon = True
+    if sys.stderr.isatty():
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @contextlib.contextmanager

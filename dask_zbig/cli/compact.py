@@ -42,6 +42,9 @@ def compact(uri: str, path: str, transaction_size: int, as_json: bool) -> None:
         click.echo(json.dumps([{"path": name} | report.to_dict() for name, report in done.items()]))
         return
     for name, report in done.items():
+        if not report.transactions:
+            click.echo(f"{name}: nothing to join")
+            continue
         click.echo(
             f"{name}: {_change(report.extents)} extents, {_change(report.segments)} segments, "
             f"{size_text(report.bytes)} copied in {report.transactions} transaction{'s' * (report.transactions != 1)}"

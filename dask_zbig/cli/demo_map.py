@@ -121,8 +121,8 @@ def _bands(draw: Any, bands: npt.NDArray[np.float64]) -> None:
 def _legend(draw: Any) -> None:
     wide, y = 300, TOP + MAP[1] + 40
     draw.rectangle((LEFT, y, LEFT + 24, y + 16), DEEP)
-    draw.text((LEFT + 32, y + 8), "sea", INK, _font(16), anchor="lm")
-    left = LEFT + 100
+    draw.text((LEFT + 32, y + 8), "sea, lighter near land", INK, _font(16), anchor="lm")
+    left = LEFT + 240
     for i, colour in enumerate(_land_colours(np.linspace(0, 1, wide)).round().astype(int).tolist()):
         draw.line((left + i, y, left + i, y + 16), tuple(colour))
     for text, x in (("0", left), ("50", left + wide / 2), ("100 % land", left + wide)):

@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ import numpy.typing as npt
 from dask.array.core import normalize_chunks
 
 from dask_zbig.array.indexing import locate
+from dask_zbig.errors import ZBigError
 
 __all__ = ["FORMATS", "Box", "ChunkedFile", "FileArray", "FlatFile", "RawLayout", "creating", "format_of", "reading"]
 
@@ -64,13 +65,13 @@ class RawLayout:
     offset: int = 0
 
 
-def format_of(path: str, given: str | None) -> str:
+def format_of(path: str, given: str | None, default: str | None = None) -> str:
     """The format that a path's suffix tells, unless it is given."""
     if given is not None:
         return given
     file, _ = _split(path)
     suffix = os.path.splitext(file.rstrip("/"))[1].lower()
-    found = _SUFFIXES.get(suffix) or ("zarr" if ".zarr/" in path else None)
+    found = _SUFFIXES.get(suffix) or ("zarr" if ".zarr/" in path else default)
     if found is None:
         raise click.UsageError(f"{path!r} does not tell its format: give it by --format, one of {', '.join(FORMATS)}")
     return found
@@ -98,12 +99,27 @@ def _understanding(path: str) -> Iterator[None]:
     """Name the file in what a format's library says."""
     try:
         yield
+    except ZBigError:
+        raise
     except (ValueError, TypeError, KeyError, NotImplementedError) as error:
         text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
         raise click.ClickException(f"{path}: {text}") from error
     except OSError as error:
         if error.filename is not None and error.strerror:
             raise
+        raise click.ClickException(f"{path}: {error}") from error
+
+
+@contextlib.contextmanager
+def _making(path: str) -> Iterator[None]:
+    """Name a new file as the user does: not the one that it is until it is whole."""
+    try:
+        yield
+    except ZBigError:  # of the array
+        raise
+    except OSError as error:
+        raise click.ClickException(f"{path}: {os.strerror(error.errno) if error.errno else error}") from error
+    except (ValueError, TypeError, KeyError, NotImplementedError) as error:
         raise click.ClickException(f"{path}: {error}") from error
 
 
@@ -184,10 +200,11 @@ class FlatFile:
     chunks: tuple[int, ...] | None = None
 
     def __init__(
-        self, path: str, shape: tuple[int, ...], dtype: np.dtype[Any], order: str, offset: int, *, write: bool = False
+        self, path: str, shape: tuple[int, ...], dtype: np.dtype[Any], order: str, offset: int, *, write: str = ""
     ) -> None:
+        """`write`: the name of a file that is made, in what is told of it."""
         self.shape, self.dtype, self.order = tuple(shape), dtype, order
-        self._path, self._offset = path, offset
+        self._path, self._offset, self._name = path, offset, write or path
         self._file = open(path, "r+b" if write else "rb", buffering=0)  # noqa: SIM115 - closed by `close`
 
     def read(self, box: Box) -> npt.NDArray[Any]:
@@ -207,13 +224,15 @@ class FlatFile:
 
     def write_bytes(self, position: int, data: npt.NDArray[np.uint8]) -> None:
         """Put some bytes, in the order of memory. What is never written is zeros."""
-        self._file.seek(self._offset + position)
-        done = 0
-        while done < len(data):
-            done += self._file.write(data.data[done:])
+        with _making(self._name):
+            self._file.seek(self._offset + position)
+            done = 0
+            while done < len(data):
+                done += self._file.write(data.data[done:])
 
     def sync(self) -> None:
-        os.fsync(self._file.fileno())
+        with _making(self._name):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
@@ -223,13 +242,16 @@ class ChunkedFile:
     """An array of Zarr or HDF5."""
 
     order = "C"
+    #: Whether of a new one all is zeros that is never written.
+    sparse = True
 
-    def __init__(self, array: Any, name: str) -> None:
+    def __init__(self, array: Any, name: str, check: Callable[[], None] = lambda: None) -> None:
+        """`check`: called after each write, to raise what the library was not told."""
         if not hasattr(array, "shape") or not hasattr(array, "dtype"):
             raise ValueError(f"this is no array, but a {type(array).__name__}")
         if array.shape is None:
             raise ValueError("it is empty: it has no shape")
-        self._array, self._name = array, name
+        self._array, self._name, self._check = array, name, check
         self.shape, self.dtype = tuple(array.shape), np.dtype(array.dtype)
         self.chunks = tuple(array.chunks) if self.shape and getattr(array, "chunks", None) else None
 
@@ -238,9 +260,53 @@ class ChunkedFile:
             return np.asarray(self._array[box])
 
     def write(self, box: Box, part: npt.NDArray[Any]) -> None:
-        """Put the elements in a box. What is never written is zeros."""
-        with _understanding(self._name):
+        """Put the elements in a box."""
+        with _making(self._name), _typing(self.dtype):
             self._array[box] = part
+            self._check()
+
+
+class _Unfailing:
+    """A new file for the HDF5 library, which crashes the process if a write fails, at the latest when that ends.
+
+    So it is told that all is well, and `check` raises what was not.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._file = open(path, "x+b", buffering=0)  # noqa: SIM115 - closed by `close`
+        self._error: OSError | None = None
+        self.seek, self.tell, self.close = self._file.seek, self._file.tell, self._file.close
+        self.read = self._file.read
+
+    def readinto(self, data: memoryview) -> int | None:
+        return self._file.readinto(data)
+
+    def write(self, data: memoryview) -> int:
+        done = 0
+        try:
+            while self._error is None and done < len(data):
+                done += self._file.write(data[done:])
+        except OSError as error:
+            self._error = error
+        return len(data)
+
+    def truncate(self, size: int) -> int:
+        try:
+            return self._file.truncate(size)
+        except OSError as error:
+            self._error = error
+            return size
+
+    def flush(self) -> None:
+        """There is nothing to flush; `check` when it is whole."""
+
+    def sync(self) -> None:
+        self.check()
+        os.fsync(self._file.fileno())
+
+    def check(self) -> None:
+        if self._error is not None:
+            raise self._error
 
 
 # -- writing
@@ -274,25 +340,28 @@ def creating(
     if not os.path.isdir(folder):
         raise click.ClickException(f"{folder} is no directory")
     if inside:
-        with _hdf5(file, name, like, chunks, overwrite) as made:
+        with _more_hdf5(file, name, like, chunks, overwrite) as made:
             yield made
         return
     with contextlib.ExitStack() as stack:
-        scratch = tempfile.mkdtemp(prefix=".zbig-export-", dir=folder)
+        with _making(folder):
+            scratch = tempfile.mkdtemp(prefix=".zbig-export-", dir=folder)
         stack.callback(shutil.rmtree, scratch, ignore_errors=True)
         new = os.path.join(scratch, os.path.basename(target.rstrip("/")) or "new")
         if form in ("npy", "raw"):
-            with contextlib.closing(_new_flat(new, form, like)) as flat:
-                yield flat
-                flat.sync()
+            with _making(target):
+                flat = stack.enter_context(contextlib.closing(_new_flat(new, form, like, target)))
+            yield flat
+            flat.sync()
         elif form == "zarr":
-            with _understanding(path):
-                made_zarr = _new_zarr(new, like, chunks, zarr_format)
+            with _making(path):
+                made_zarr = _new_zarr(new, like, chunks, zarr_format, path)
             yield made_zarr
         else:
-            with _hdf5(new, name or "data", like, chunks, False) as made:
+            with _new_hdf5(new, name or "data", like, chunks, path) as made:
                 yield made
-        _replace(new, target, scratch)
+        with _making(target):
+            _replace(new, target, scratch)
 
 
 def _replace(new: str, target: str, scratch: str) -> None:
@@ -314,7 +383,7 @@ def _set_usual_mode(path: str) -> None:
     os.chmod(path, (0o777 if os.path.isdir(path) else 0o666) & ~mask)
 
 
-def _new_flat(path: str, form: str, like: Any) -> FlatFile:
+def _new_flat(path: str, form: str, like: Any, name: str) -> FlatFile:
     order = like.order if like.ndim > 1 else "C"
     if form == "raw" or not like.nbytes:
         offset = 0
@@ -326,7 +395,7 @@ def _new_flat(path: str, form: str, like: Any) -> FlatFile:
     else:
         # it writes the header, of whatever version, and makes a file of this size that is all hole
         offset = np.lib.format.open_memmap(path, "w+", like.dtype, like.shape, order == "F").offset
-    return FlatFile(path, like.shape, like.dtype, order, offset, write=True)
+    return FlatFile(path, like.shape, like.dtype, order, offset, write=name)
 
 
 def _auto(like: Any, size: int) -> tuple[int, ...]:
@@ -340,38 +409,80 @@ def _checked(chunks: tuple[int, ...] | None, like: Any) -> tuple[int, ...] | Non
     return chunks
 
 
-def _new_zarr(path: str, like: Any, chunks: tuple[int, ...] | None, zarr_format: int) -> ChunkedFile:
+def _new_zarr(path: str, like: Any, chunks: tuple[int, ...] | None, zarr_format: int, name: str) -> ChunkedFile:
     zarr = _library("zarr", "zarr")
-    array = zarr.open_array(
-        path,
-        mode="w",
-        shape=like.shape,
-        chunks=_checked(chunks, like) or _auto(like, _ZARR_CHUNK),
-        dtype=like.dtype,
-        fill_value=_zero(like.dtype),
-        zarr_format=zarr_format,
-    )
-    return ChunkedFile(array, path)
-
-
-def _zero(dtype: np.dtype[Any]) -> Any:
-    return None if dtype.names else np.zeros((), dtype)[()]
+    with _typing(like.dtype):
+        array = zarr.open_array(
+            path,
+            mode="w",
+            shape=like.shape,
+            chunks=_checked(chunks, like) or _auto(like, _ZARR_CHUNK),
+            dtype=like.dtype,
+            fill_value=np.zeros((), like.dtype)[()],
+            zarr_format=zarr_format,
+        )
+    made = ChunkedFile(array, name)
+    if like.nbytes:  # Zarr has its own mind of what fills structured elements: "0" in texts, say
+        made.sparse = not any(np.asarray(array[(slice(0, 1),) * like.ndim]).tobytes())
+    return made
 
 
 @contextlib.contextmanager
-def _hdf5(file: str, name: str, like: Any, chunks: tuple[int, ...] | None, overwrite: bool) -> Iterator[ChunkedFile]:
+def _typing(dtype: np.dtype[Any]) -> Iterator[None]:
+    """Say of a dtype that a format's library refuses what can be done."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"this format cannot hold the dtype {dtype}; .npy and raw files can ({error})") from error
+
+
+@contextlib.contextmanager
+def _new_hdf5(path: str, name: str, like: Any, chunks: tuple[int, ...] | None, told: str) -> Iterator[ChunkedFile]:
+    """In a file of its own."""
+    h5py = _library("h5py", "hdf5")
+    with _making(told):
+        file = _Unfailing(path)
+    with contextlib.closing(file):
+        with h5py.File(file, "w") as opened:
+            with _making(told):
+                made = _dataset(opened, name, like, chunks, told, file.check)
+            yield made
+        with _making(told):
+            file.sync()
+
+
+@contextlib.contextmanager
+def _more_hdf5(
+    file: str, name: str, like: Any, chunks: tuple[int, ...] | None, overwrite: bool
+) -> Iterator[ChunkedFile]:
+    """In a file that exists."""
     if not name:
         raise click.ClickException(f"{file} exists already: say which dataset of it shall be made, {file}:DATASET")
-    with _understanding(file), _library("h5py", "hdf5").File(file, "a") as opened:
+    space, need = shutil.disk_usage(file).free, like.info(exact=True).stored
+    if space < need:  # (where the library itself finds out it crashes, as of a new file)
+        raise click.ClickException(f"{file}: {need:,} bytes are needed, and {space:,} are free on its disk")
+    with _making(file), _library("h5py", "hdf5").File(file, "a") as opened:
         if name in opened:
             if not overwrite:
                 raise click.ClickException(f"{file} has a dataset {name!r} already: use --overwrite to replace it")
             del opened[name]
-        cut = (_checked(chunks, like) or _auto(like, _HDF5_CHUNK)) if like.nbytes and like.shape else None
-        made = ChunkedFile(opened.create_dataset(name, like.shape, like.dtype, chunks=cut), file)
+        made = _dataset(opened, name, like, chunks, file)
         try:
             yield made
         except BaseException:
             del opened[name]
             raise
         opened.flush()
+
+
+def _dataset(
+    opened: Any,
+    name: str,
+    like: Any,
+    chunks: tuple[int, ...] | None,
+    told: str,
+    check: Callable[[], None] = lambda: None,
+) -> ChunkedFile:
+    cut = (_checked(chunks, like) or _auto(like, _HDF5_CHUNK)) if like.nbytes and like.shape else None
+    with _typing(like.dtype):
+        return ChunkedFile(opened.create_dataset(name, like.shape, like.dtype, chunks=cut), told, check)

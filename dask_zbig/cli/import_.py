@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import json
+import re
 import time
 from typing import Any
 
@@ -36,8 +37,9 @@ def numbers(_: click.Context, __: click.Parameter, value: str | None) -> tuple[i
     """Lengths of axes, such as "100,200" or "100x200"; "()" of none."""
     if value is None:
         return None
+    inner = value.strip("()[] ").removesuffix(",")
     try:
-        return tuple(int(n) for n in value.strip("()[] ").replace("x", ",").split(",") if n.strip())
+        return tuple(int(n) for n in re.split("[,x]", inner)) if inner else ()
     except ValueError as error:
         raise click.BadParameter(f"{value!r} is not like 100,200") from error
 
@@ -92,9 +94,14 @@ def import_(
     A checksum of the array's bytes is printed, the same that `export` prints and xxh128sum computes. A file of a path
     is made if it is missing.
     """
-    form = format_of(file, form or ("raw" if dtype is not None else None))
-    if (form == "raw") != (dtype is not None):
-        raise click.UsageError("--dtype is for a raw file, and a raw file needs it.")
+    form = format_of(file, form, default="raw" if dtype is not None else None)
+    if form == "raw" and dtype is None:
+        raise click.UsageError("a raw file needs --dtype.")
+    if form != "raw" and (dtype is not None or shape is not None or offset):
+        raise click.UsageError(
+            f"--dtype, --shape and --offset are for a raw file, and {file} is of format {form}: "
+            "say --format raw if it is not."
+        )
     layout = RawLayout(dtype, shape, order or "C", offset) if dtype is not None else None
     started = time.perf_counter()
     with reading(file, form, layout) as source:

@@ -11,6 +11,7 @@ from ZODB.POSException import POSError
 
 from dask_zbig.array.display import ArrayInfo
 from dask_zbig.cli.common import as_json_option, connected, find_array, moment, opened, size_text, table, uri_argument
+from dask_zbig.memory._native import PAGE
 from dask_zbig.storage.format import LEAF_BYTES
 from dask_zbig.storage.segment import reader
 from dask_zbig.storage.survey import Survey, survey
@@ -127,7 +128,8 @@ def _text(path: str, shown: ArrayInfo, seen: Survey, details: dict[str, Any]) ->
         kind = segments[name]
         waste = kind["bytes"] - kind["live"]
         share = f", {kind['live'] / seen.stored:.0%} of what is stored" if seen.stored else ""
-        dead = f", {size_text(waste)} more overwritten" if waste else ""
+        # (each begins and ends with whole pages, so that much says nothing)
+        dead = f", {size_text(waste)} more overwritten" if waste > 2 * PAGE * kind["count"] else ""
         rows.append((label, f"{kind['count']:,} with {size_text(kind['live'])}{share}{dead}"))
     parts = segments["extents_per_leaf"]
     rows.append(

@@ -99,7 +99,13 @@ Completion of commands and options, for bash, zsh or fish:
 """
 
 
-@click.group(name="zbig", cls=_Group, params=[_verbose_option()], epilog=_EPILOG)
+@click.group(
+    name="zbig",
+    cls=_Group,
+    params=[_verbose_option()],
+    epilog=_EPILOG,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.version_option(package_name="dask_zbig")
 def main() -> None:
     """Transactional NumPy arrays bigger than RAM and disk, in ZODB."""

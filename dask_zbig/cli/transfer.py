@@ -160,7 +160,7 @@ def copy_out(array: ZBigArray, target: FlatFile | ChunkedFile, told: Callable[[i
         if isinstance(target, FlatFile):  # which has the array's own bytes: only those that are stored are written
             for lo, hi in stored:
                 target.write_bytes(lo, _bytes_of(array, lo, hi))
-        elif next(stored, None) is not None:
+        elif not target.sparse or next(stored, None) is not None:
             array.prefetch(box)
             target.write(box, array[(*box, ...)])
         digest.upto(before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import tempfile
 import threading
@@ -33,10 +34,12 @@ class CacheFile:
     def _open(self) -> int:
         if self._fd < 0:
             try:
-                self._fd = os.open(self._directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-            except OSError:  # a file system without O_TMPFILE
-                self._fd, path = tempfile.mkstemp(prefix=new_name() + "-", dir=self._directory)
-                os.unlink(path)
+                self._fd = _unnamed(self._directory)
+            except OSError as error:
+                if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+                    raise
+                # What is composed here is only read: so a database that may only be read can be.
+                self._fd = _unnamed(tempfile.gettempdir())
             weakref.finalize(self, os.close, self._fd)
         return self._fd
 
@@ -63,3 +66,12 @@ class CacheFile:
         """Give the disk space of [offset, offset + size) back. A file system that cannot is left alone."""
         if self._fd >= 0:
             _libc.fallocate(self._fd, _KEEP_SIZE | _PUNCH_HOLE, ctypes.c_longlong(offset), ctypes.c_longlong(size))
+
+
+def _unnamed(directory: str) -> int:
+    try:
+        return os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except OSError:  # a file system without O_TMPFILE
+        fd, path = tempfile.mkstemp(prefix=new_name() + "-", dir=directory)
+        os.unlink(path)
+        return fd

@@ -23,7 +23,6 @@ from dask_zbig.errors import DatabaseUnavailableError, DatabaseURIError, ServerE
 from tests.certificates import Hosts, as_client, log_of, serve  # isort: skip
 
 ANYWHERE = ("localhost", 0)
-README = pathlib.Path(__file__).parents[2] / "README.md"
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from tests.certificates import Hosts, as_client, log_of, openssl, serve  # isort
 from tests.spy import arguments, everything_in  # isort: skip
 
 ANYWHERE = ("localhost", 0)
-README = pathlib.Path(__file__).parents[2] / "README.md"
+HOW_TO = pathlib.Path(__file__).parents[2] / "docs" / "howto" / "hosts.md"
 
 
 @pytest.fixture(scope="module")
@@ -166,13 +166,14 @@ def test_keys_with_passwords(path, hosts, tmp_path, monkeypatch):
     assert "sesame" not in everything_in(info.value)
 
 
-# -- the README
+# -- the how-to
 
 
-def test_the_readmes_commands(path, tmp_path):
+def test_the_how_tos_commands(path, tmp_path):
     """Its openssl commands make certificates that its command for the server, and its options, take."""
-    [block] = [b for b in re.findall(r"^```bash\n(.*?)^```$", README.read_text(), re.M | re.S) if "openssl" in b]
-    commands, _, rest = block.partition("dask-zbig serve")
+    blocks = re.findall(r"^```bash\n(.*?)^```$", HOW_TO.read_text(), re.M | re.S)
+    [commands] = [block for block in blocks if "openssl" in block]
+    [rest] = [block.removeprefix("dask-zbig serve") for block in blocks if block.startswith("dask-zbig serve")]
     openssl("version")
     done = subprocess.run(
         ["bash", "-eu"],

@@ -388,6 +388,83 @@ def test_verify_finds_a_difference(db, monkeypatch):
     assert (result.exit_code, "(4, 5)" in result.output) == (1, True)
 
 
+@needs_zarr
+def test_holes_of_structured_arrays_are_zeros_in_zarr(db):
+    """Zarr fills texts in them with "0", unless it is told better. (--verify saw it.)"""
+    put(db, np.zeros(1000, [("x", "f8"), ("s", "S3"), ("u", "U2")]))
+    ok("export", db, "A", "A.zarr", "--verify", "--chunks", "10")
+
+
+@needs_zarr
+def test_zarr_that_has_no_zeros_for_holes(db, monkeypatch):
+    """Then they are written."""
+    put(db, np.zeros(1000, [("s", "S3")]))
+    new = formats._new_zarr
+
+    def other(path, like, *args):
+        made = new(path, like, *args)
+        made._array = importlib.import_module("zarr").open_array(
+            path, mode="w", shape=like.shape, chunks=(10,), dtype=like.dtype, fill_value=None, zarr_format=2
+        )
+        made.sparse = False
+        return made
+
+    monkeypatch.setattr(formats, "_new_zarr", other)
+    ok("export", db, "A", "A.zarr", "--verify")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "dtype"),
+    [
+        pytest.param("h5", "M8[s]", marks=needs_h5py),
+        pytest.param("h5", "U3", marks=needs_h5py),
+        pytest.param("zarr", [("t", "M8[s]"), ("v", "f4")], marks=needs_zarr),
+    ],
+)
+def test_dtypes_that_a_format_does_not_know(db, suffix, dtype):
+    put(db, np.ones(3, dtype))
+    result = run("export", db, "A", f"new.{suffix}")
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"Error: new.{suffix}: this format cannot hold the dtype ")
+    assert "Traceback" not in result.stderr
+    assert not os.path.exists(f"new.{suffix}")
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_full_disk(db, tiny_disk, suffix):
+    """One line that names the file that was asked for, nothing left; HDF5's library, told of it, would crash."""
+    put(db, np.random.default_rng(0).normal(size=1 << 21))
+    code = "from dask_zbig.cli.main import main; main()"
+    args = ["export", db, "A", f"{tiny_disk}/new.{suffix}"]
+    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (1, f"Error: {tiny_disk}/new.{suffix}: No space left on device\n")
+    assert os.listdir(tiny_disk) == []
+
+
+@needs_h5py
+def test_no_space_for_one_more_dataset(db, tiny_disk):
+    put(db, np.random.default_rng(0).normal(size=1 << 21))
+    with importlib.import_module("h5py").File(f"{tiny_disk}/x.h5", "w") as file:
+        file["there"] = 5
+    result = run("export", db, "A", f"{tiny_disk}/x.h5:new")
+    assert result.exit_code == 1
+    assert "16,777,216 bytes are needed" in result.stderr
+    with importlib.import_module("h5py").File(f"{tiny_disk}/x.h5") as file:
+        assert list(file) == ["there"]
+
+
+def test_what_may_only_be_read(db, tiny_disk):
+    """A database on a read-only disk is exported; nothing is exported to it, and its name is told."""
+    array = data((3000,))  # (the last page is shared by data and nothing, and so composed in a file)
+    put(f"{tiny_disk}/x.fs", array)
+    subprocess.run(["mount", "-o", "remount,ro", tiny_disk], check=True)
+    ok("export", f"{tiny_disk}/x.fs", "A", "A.npy", "--verify")
+    assert same(np.load("A.npy"), array)
+    result = run("export", f"{tiny_disk}/x.fs", "A", f"{tiny_disk}/A.npy")
+    assert result.exit_code == 1
+    assert result.stderr == f"Error: {tiny_disk}: Read-only file system\n"
+
+
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [
@@ -398,6 +475,10 @@ def test_verify_finds_a_difference(db, monkeypatch):
         (["import", "cut.npy", "DB", "A"], 1, "cut.npy: "),
         (["import", "x.raw", "DB", "A"], 2, "--dtype"),
         (["import", "x.npy", "DB", "A", "--format", "npy", "--dtype", "f8"], 2, "--dtype"),
+        (["import", "x.npy", "DB", "B", "--dtype", "f8"], 2, "x.npy is of format npy"),  # its header is no data
+        (["import", "x.npy", "DB", "B", "--shape", "3"], 2, "x.npy is of format npy"),
+        (["import", "x.raw", "DB", "B", "--dtype", "f8", "--shape", "3,x"], 2, "not like"),
+        (["import", "x.raw", "DB", "B", "--dtype", "f8", "--shape", "3x"], 2, "not like"),
         (["import", "x.raw", "DB", "A", "--dtype", "nonsense"], 2, "no dtype"),
         (["import", "x.raw", "DB", "A", "--dtype", "O"], 1, "object"),
         (["import", "x.raw", "DB", "A", "--dtype", "f8", "--shape", "1000"], 1, "needs 8000"),

@@ -176,7 +176,18 @@ def test_small_ones(shape):
     for cls in (dz.ZBigArray, dz.RAMArray):
         A = cls(shape, "f4")
         assert A.info().nbytes == A.nbytes
-        xml.dom.minidom.parseString(A._repr_html_())
+        text = A._repr_html_()
+        xml.dom.minidom.parseString(text)
+        assert ("svg" in text) == (cls is dz.ZBigArray and A.nbytes > 0)  # of nothing there is no picture
+
+
+def test_what_is_there_at_all_can_be_seen(conn):
+    """Also in a dark theme."""
+    A = stored(conn, (1 << 20, 1 << 20), "f8")
+    A[1 << 19] = 1
+    document = xml.dom.minidom.parseString(A._repr_html_())
+    bars = [rect for rect in document.getElementsByTagName("rect") if rect.getAttribute("fill") == "#e07b39"]
+    assert [float(rect.getAttribute("fill-opacity")) >= 0.4 for rect in bars] == [True]
 
 
 def test_in_memory():
