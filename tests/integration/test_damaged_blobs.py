@@ -102,7 +102,9 @@ def test_a_local_file(path, damage):
     db.close()
 
 
-@pytest.mark.parametrize("damage", [lengthen, flip, directory, stop_its_download, *slow(truncate, empty, pipe, os.unlink)])
+@pytest.mark.parametrize(
+    "damage", [lengthen, flip, directory, stop_its_download, *slow(truncate, empty, pipe, os.unlink)]
+)
 def test_a_copy_in_a_cache_is_fetched_again(path, tmp_path, damage):
     cache = str(tmp_path / "cache")
     with dz.serve(path, shared_blob_dir=False) as uri:
