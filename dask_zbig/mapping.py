@@ -35,6 +35,8 @@ ROOMY = 1 << 45
 MOVES = 64
 #: Files that are mapped at once: each takes a descriptor meanwhile, in every thread that maps.
 AT_ONCE = 32
+#: Bytes that are composed at once: so much memory it takes, and a processor's cache still has them.
+COMPOSED = 4 << 20
 
 
 class Content(Service, Protocol):
@@ -149,21 +151,24 @@ class Mapping:
         extents, sources = owner.content(lo, hi)
         for a, b, some in batches(plan(extents, sources, lo, hi), lo, hi, AT_ONCE):
             files: list[Descriptor] = []  # open until they are mapped
-            rows = [self._row(p, extents, sources, files) for p in some]
+            rows = [row for p in some for row in self._rows(p, extents, sources, files)]
             window.fill(epoch, a, b, rows)
 
-    def _row(
+    def _rows(
         self, p: Piece, extents: ex.Extents, sources: Sequence[Source], files: list[Descriptor]
-    ) -> tuple[int, int, int, int]:
+    ) -> Iterator[tuple[int, int, int, int]]:
         if p.kind == "hole":
-            return (p.start, p.stop, 0, -1)
-        if p.kind == "direct":
+            yield p.start, p.stop, 0, -1
+        elif p.kind == "direct":
             file = sources[p.source].descriptor()
             assert file is not None
             files.append(file)
-            return (p.start, p.stop, p.offset, file.fd)
-        fd, offset = self._cache.add(compose(extents, sources, p.start, p.stop))
-        return (p.start, p.stop, offset, fd)
+            yield p.start, p.stop, p.offset, file.fd
+        else:
+            for start in range(p.start, p.stop, COMPOSED):
+                stop = min(start + COMPOSED, p.stop)
+                fd, offset = self._cache.add(compose(extents, sources, start, stop))
+                yield start, stop, offset, fd
 
     # -- dropping
 
