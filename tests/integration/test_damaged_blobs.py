@@ -48,7 +48,7 @@ def pipe(path):
     os.mkfifo(path)
 
 
-def stop_its_download(path):
+def halve_download(path):
     """As when a client is killed while it downloads: ZEO appends to what is left of that."""
     os.rename(path, path + ".dl")
     os.truncate(path + ".dl", 5000)
@@ -102,9 +102,7 @@ def test_a_local_file(path, damage):
     db.close()
 
 
-@pytest.mark.parametrize(
-    "damage", [lengthen, flip, directory, stop_its_download, *slow(truncate, empty, pipe, os.unlink)]
-)
+@pytest.mark.parametrize("damage", [lengthen, flip, directory, halve_download, *slow(truncate, empty, pipe, os.unlink)])
 def test_a_copy_in_a_cache_is_fetched_again(path, tmp_path, damage):
     cache = str(tmp_path / "cache")
     with dz.serve(path, shared_blob_dir=False) as uri:

@@ -16,6 +16,7 @@ import transaction
 from ZEO.Exceptions import ClientDisconnected
 
 import dask_zbig as dz
+from dask_zbig import openfile
 from dask_zbig.openfile import OpenFile
 
 MIB = 1 << 20
@@ -196,6 +197,23 @@ def test_all_threads_that_wait_for_a_block_are_told(stored):
         for thread in threads:
             thread.join(60)
     assert outcomes == ["told"] * 8
+    lost = connection.root()["A"]._open().space.lost
+    assert [error.__traceback__ for error in lost.values()] == [None]  # (it would keep all that the loader had)
+    connection.transaction_manager.abort()
+    assert not lost
+    assert view.sum() == 7 * SIZE
+
+
+# guard: openfile.py, `failed`: the first one; else the commit told of the second
+def test_the_first_failure_is_why_a_commit_is_refused(stored):
+    path, connection = stored
+    A = connection.root()["A"]
+    with away(path):
+        view = A[:]
+        read_soon(view)
+    A._open().failed(2 * MIB, SIZE, dz.LoadError("another"))
+    with pytest.raises(dz.LoadError, match="segment"):
+        connection.transaction_manager.commit()
     connection.transaction_manager.abort()
     assert view.sum() == 7 * SIZE
 
@@ -377,6 +395,21 @@ def test_a_server_that_was_stopped_when_the_extents_were_known(cached):
         A.sum()
     read_soon(view)
     cached.start()
+    A._p_jar.transaction_manager.abort()
+    reconnect(A)
+    assert view.sum() == 7 * SIZE
+
+
+# guard: loader.py, `_give_up`: what is no error of ours becomes a LoadError; else it was ClientDisconnected
+def test_a_server_that_was_stopped_when_the_extents_were_not_known(site, monkeypatch):
+    monkeypatch.setattr(openfile, "EAGER_LEAVES", 0)  # a loader asks for them
+    A = site.open()["A"]
+    view = A[:]
+    site.stop()
+    read_soon(view)
+    with pytest.raises(ClientDisconnected):  # (as it is: who repeats transactions knows that this may heal)
+        A._p_jar.transaction_manager.commit()
+    site.start()
     A._p_jar.transaction_manager.abort()
     reconnect(A)
     assert view.sum() == 7 * SIZE
