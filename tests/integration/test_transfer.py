@@ -437,7 +437,8 @@ def test_a_full_disk(db, tiny_disk, suffix):
     code = "from dask_zbig.cli.main import main; main()"
     args = ["export", db, "A", f"{tiny_disk}/new.{suffix}"]
     done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=60, check=False)
-    assert (done.returncode, done.stderr) == (1, f"Error: {tiny_disk}/new.{suffix}: No space left on device\n")
+    told = done.stderr.splitlines()[-1]  # (old numcodecs have a warning before it)
+    assert (done.returncode, told) == (1, f"Error: {tiny_disk}/new.{suffix}: No space left on device")
     assert os.listdir(tiny_disk) == []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -26,6 +27,9 @@ def connection():
     connection.transaction_manager.abort()
     connection.close()
     db.close()
+
+
+from tests.hostile import unpacked
 
 
 def state(obj):
@@ -69,10 +73,11 @@ def test_states(connection):
     file.journal.add("a-job")
     assert state(file.journal) == (1, ("a-job",))
     data = struct.pack("<i", 7) + struct.pack(">dd", 1, 2)
-    version, extents, segments, references, to, moved = state(file.root)
-    assert (version, to, moved) == (1, b"", b"")
-    assert extents == struct.pack("<QQIQ", 140, 160, 0, 0)
-    assert segments == struct.pack("<QQ", 20, xxhash.xxh3_64_intdigest(data))
+    version, table, references = state(file.root)
+    assert version == 2
+    assert table[:25] == struct.pack("<QIIBQ", 0, 1, 0, 0, xxhash.xxh3_64_intdigest(data))
+    columns = struct.pack("<IIIQ", 140, 20, 0, 0) + struct.pack("<QB", 20, 0)  # (of one row all planes are in order)
+    assert zlib.decompress(table[25:]) == columns
     (segment,) = references
     assert type(segment) is InlineSegment
     assert state(segment) == (1, data)
@@ -90,7 +95,7 @@ def test_the_tree(connection):
     assert keys == struct.pack("<2H", 0, 5)  # the first leaves are made ahead
     version, level, keys, children = state(children[1])
     assert (version, level, keys) == (1, 1, struct.pack("<H", 3))
-    assert state(children[0])[1] == struct.pack("<QQIQ", position, position + 1, 0, 0)
+    assert unpacked(state(children[0])[1], 1) == ([(position, position + 1, 0, 0)], [1])
 
 
 def test_joined_segments(connection):
@@ -102,13 +107,18 @@ def test_joined_segments(connection):
         connection.transaction_manager.commit()
         leaf = A._file.root
         was.append(leaf.refs[-1].obj._p_oid)
-    _, extents, _, (joined, *rest), to, moved = state(leaf)
-    assert to == joined._p_oid
-    rows = list(struct.iter_unpack("<QQ8sQ", moved))
+    # The twelfth has joined all before it and itself; four came after it.
+    version, table, (joined, *rest) = state(leaf)
+    n, k, age = struct.unpack_from("<IIB", table, 8)
+    assert (version, n, k, age, len(rest)) == (2, 16, 12, 4, 4)
+    assert table[17:25] == joined._p_oid
+    moved = leaf.move.rows.tolist()
+    assert [row[:2] for row in moved] == [(k * 100, k * 100 + 10) for k in range(12)]
+    assert [row[2].ljust(8, b"\0") for row in moved][:11] == was[:11]
+    assert [row[3] for row in moved] == [0] * 12
+    rows, lengths = unpacked(table, 5)
     assert [row[:2] for row in rows] == [(k * 100, k * 100 + 10) for k in range(16)]
-    assert [row[2] for row in rows][:15] == was[:15]
-    assert [row[3] for row in rows] == [0] * 16
-    assert (len(extents), rest) == (16 * 28, [])
+    assert lengths == [120, 10, 10, 10, 10]
     assert np.array_equal(A[:1600:100], np.arange(1, 17))
 
 
