@@ -234,7 +234,8 @@ def _remove_if_not_stored(blob: Blob, current: Any) -> None:
     """ZODB's own callback for this is lost if a blob dies as part of a cycle: after a commit that failed, it does."""
     # Not when the blob ends, but its transaction: while code runs at the end of a persistent object, another thread may
     # take that from the connection's cache (see `storage.tree._Callbacks`).
-    weakref.finalize(current, _unlink, blob._p_blob_uncommitted, os.getpid())
+    left = weakref.finalize(current, _unlink, blob._p_blob_uncommitted, os.getpid())
+    current.addAfterCommitHook(lambda _: left())  # (who holds an error's traceback holds the transaction)
 
 
 def _unlink(path: str, pid: int) -> None:

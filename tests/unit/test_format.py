@@ -17,6 +17,7 @@ from dask_zbig.storage.segment import InlineSegment
 from dask_zbig.storage.tree import ExtentLeaf, ExtentNode, Journal, Truncation, ZBigFile
 
 LEAF = 64 << 20
+from tests.hostile import unpacked
 
 
 @pytest.fixture
@@ -27,9 +28,6 @@ def connection():
     connection.transaction_manager.abort()
     connection.close()
     db.close()
-
-
-from tests.hostile import unpacked
 
 
 def state(obj):
