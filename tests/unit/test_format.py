@@ -15,9 +15,9 @@ from dask_zbig.cluster import staging
 from dask_zbig.storage import format as fmt
 from dask_zbig.storage.segment import InlineSegment
 from dask_zbig.storage.tree import ExtentLeaf, ExtentNode, Journal, Truncation, ZBigFile
+from tests.hostile import unpacked
 
 LEAF = 64 << 20
-from tests.hostile import unpacked
 
 
 @pytest.fixture
