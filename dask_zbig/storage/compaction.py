@@ -45,8 +45,8 @@ def to_join(extents: npt.NDArray[np.void], refs: Sequence[SegmentRef], *, blobs:
     sizes = np.zeros(len(refs), np.int64)
     np.add.at(sizes, extents["segment"], (extents["stop"] - extents["start"]).astype(np.int64))
     tiers: dict[int, list[int]] = {}
-    done = DONE if blobs else DONE_INLINE
     for i, size in enumerate(sizes.tolist()):
+        done = DONE_INLINE if refs[i].inline or not blobs else DONE
         if size < done and (blobs or refs[i].inline or 2 * size < refs[i].length):
             tiers.setdefault(_tier(size), []).append(i)
     for tier in sorted(tiers):

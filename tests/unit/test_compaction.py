@@ -42,10 +42,13 @@ def test_a_large_one_stays_out_of_it():
 
 @pytest.mark.parametrize(("blobs", "size"), [(True, DONE), (False, DONE_INLINE)])
 def test_what_is_large_enough_is_never_joined(blobs, size):
+    def segments(lengths):
+        return [SegmentRef(Blob(), n, 0) for n in lengths] if blobs else refs(*lengths)
+
     lengths = [size] * WIDTH
-    assert to_join(row(lengths), refs(*lengths), blobs=blobs) == []
+    assert to_join(row(lengths), segments(lengths), blobs=blobs) == []
     lengths = [size - 1] * WIDTH
-    assert to_join(row(lengths), refs(*lengths), blobs=blobs) != []
+    assert to_join(row(lengths), segments(lengths), blobs=blobs) != []
 
 
 def test_blobs_are_joined_to_larger_ones():
@@ -75,7 +78,7 @@ def test_many_commits(size, blobs):
             total = sum(lengths[i] for i in chosen)
             copied += total
             lengths = [n for i, n in enumerate(lengths) if i not in chosen]
-            if total < (DONE if blobs else DONE_INLINE):
+            if total < DONE_INLINE:
                 lengths.append(total)
             # (else it no longer counts)
         most = max(most, len(lengths))
