@@ -39,7 +39,7 @@ FEW = """
     import dask_zbig as dz
 
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
-    BLOCK, TIMES = 2 << 20, 1500
+    BLOCK, TIMES = 6 << 20, 1500  # apart, so that a leaf has too few segments for them to be joined
     path, large = sys.argv[1], int(sys.argv[2])
 
     def opened():
@@ -97,8 +97,7 @@ SEGMENTS = (
 )
 
 
-# (the 32 of a leaf are joined to one by the commit)
-@pytest.mark.parametrize(("large", "blobs"), [(128 << 10, 40), (4096, 0)], ids=["whole", "packed"])
+@pytest.mark.parametrize(("large", "blobs"), [(128 << 10, 1000), (4096, 0)], ids=["whole", "packed"])
 def test_many_savepoints_and_segments_with_few_descriptors(tmp_path, large, blobs):
     path = tmp_path / "x.fs"
     run(SAVEPOINTS, path, large)
