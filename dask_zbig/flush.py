@@ -5,33 +5,35 @@ Called while a transaction commits, before the storage's commit lock is taken.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from dask_zbig.errors import LoadError
 from dask_zbig.memory.plan import Source
 from dask_zbig.openfile import OpenFile
 from dask_zbig.segmentwriter import (
     INLINE_PIECE,
-    PACKED_BYTES,
     Changes,
-    Packer,
     SegmentWriter,
     Target,
     pieces,
-    store_files,
     store_inline,
+    store_packed,
 )
 from dask_zbig.storage import extents as ex
 from dask_zbig.storage.compaction import BLOB_BYTES, to_join
-from dask_zbig.storage.format import LEAF_BYTES
+from dask_zbig.storage.format import LEAF_BYTES, name_of
 from dask_zbig.storage.segment import BytesSource, SegmentRef
 from dask_zbig.storage.tree import ZBigFile, checked
 from dask_zbig.trim import STEP, compose, torn, trim
 
 __all__ = ["flush", "guard_truncation", "join_segments"]
+
+_log = logging.getLogger(__name__)
 
 #: Holes up to this size are filled when their neighbours are joined.
 BRIDGE = 64
@@ -144,9 +146,12 @@ def guard_truncation(file: ZBigFile, connection: Any) -> None:
 
 def _compact(file: OpenFile, leaf: Any, target: Target) -> None:
     """Join small segments of a leaf where there have come to be too many; see `storage.compaction`."""
-    chosen = to_join(leaf.extents, leaf.refs, blobs=target.blobs)
+    chosen = to_join(leaf.extents, leaf.refs, blobs=target.blobs, local=lambda ref: file.source(ref).local())
     if chosen:
-        join_segments(leaf, chosen, file.source, target, file)
+        try:
+            join_segments(leaf, chosen, file.source, target, file)
+        except LoadError as e:  # of what others have written: whoever reads that is to hear of it, not who commits
+            _log.warning("small segments of %s are not joined: %s", name_of(leaf), e)
 
 
 def join_segments(
@@ -167,12 +172,8 @@ def join_segments(
     sources: list[Source] = [source(ref) if i in chosen else BytesSource(b"") for i, ref in enumerate(leaf.refs)]
     sources.append(BytesSource(bytes(BRIDGE)))
     if target.blobs and ex.total(ex.covered(rows)) >= BLOB_BYTES:
-        packer = Packer(target.scratch)
-        new = []
-        for lo, data in pieces(rows, sources, PACKED_BYTES):
-            number, offset = packer.add(lo, data)
-            new.append((lo, lo + len(data), number, offset))
-        leaf.join(ex.make(new), store_files(file, target, packer.finish()), moved)
+        new, refs = store_packed(file, target, rows, sources)
+        leaf.join(ex.make(new), refs, moved)
         return
     parts, new, offset = [], [], 0
     for lo, data in pieces(rows, sources, INLINE_PIECE):

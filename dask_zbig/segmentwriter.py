@@ -22,7 +22,18 @@ from dask_zbig.storage import extents as ex
 from dask_zbig.storage.segment import BytesSource, FileSource, InlineSegment, SegmentRef, checksum
 from dask_zbig.tempfiles import new_name
 
-__all__ = ["Changes", "Packer", "SegmentWriter", "Target", "add_blobs", "pieces", "seal", "store_files", "store_inline"]
+__all__ = [
+    "Changes",
+    "Packer",
+    "SegmentWriter",
+    "Target",
+    "add_blobs",
+    "pieces",
+    "seal",
+    "store_files",
+    "store_inline",
+    "store_packed",
+]
 
 INLINE_PIECE = 1 << 20
 PACKED_BYTES = 64 << 20
@@ -130,12 +141,7 @@ class SegmentWriter:
 
     def _packed(self, extents: npt.NDArray[np.void], sources: Sequence[Source]) -> None:
         """Scattered changes are copied together, each at its place within a page so that it can be mapped."""
-        packer = Packer(self.target.scratch)
-        rows: list[tuple[int, int, int, int]] = []
-        for lo, data in pieces(extents, sources, PACKED_BYTES):
-            number, offset = packer.add(lo, data)
-            rows.append((lo, lo + len(data), number, offset))
-        refs = store_files(self.file, self.target, packer.finish())
+        rows, refs = store_packed(self.file, self.target, extents, sources)
         index = [self._add(ref) for ref in refs]
         self.rows += [(a, b, index[n], o) for a, b, n, o in rows]
 
@@ -182,6 +188,35 @@ class Packer:
         if self._out is not None:
             self._out.close()
         return [FileSource(path) for path in self._paths]
+
+    def discard(self) -> None:
+        """Remove the files, as far as they are still there."""
+        if self._out is not None:
+            with contextlib.suppress(OSError):  # what was not written yet need not be
+                self._out.close()
+        for path in self._paths:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+
+
+def store_packed(
+    file: OpenFile | None, target: Target, extents: npt.NDArray[np.void], sources: Sequence[Source]
+) -> tuple[list[tuple[int, int, int, int]], list[SegmentRef]]:
+    """New blobs with what the extents describe; returns extents of these, as rows. Or an error, and no file is left."""
+    packer = Packer(target.scratch)
+    files: list[FileSource] = []
+    try:
+        rows = []
+        for lo, data in pieces(extents, sources, PACKED_BYTES):
+            number, offset = packer.add(lo, data)
+            rows.append((lo, lo + len(data), number, offset))
+        files = packer.finish()
+        return rows, store_files(file, target, files)
+    except BaseException:
+        for source in files:
+            source.close()
+        packer.discard()
+        raise
 
 
 def store_inline(file: OpenFile | None, connection: Any, data: bytes) -> SegmentRef:
@@ -234,8 +269,7 @@ def _remove_if_not_stored(blob: Blob, current: Any) -> None:
     """ZODB's own callback for this is lost if a blob dies as part of a cycle: after a commit that failed, it does."""
     # Not when the blob ends, but its transaction: while code runs at the end of a persistent object, another thread may
     # take that from the connection's cache (see `storage.tree._Callbacks`).
-    left = weakref.finalize(current, _unlink, blob._p_blob_uncommitted, os.getpid())
-    current.addAfterCommitHook(lambda _: left())  # (who holds an error's traceback holds the transaction)
+    weakref.finalize(current, _unlink, blob._p_blob_uncommitted, os.getpid())
 
 
 def _unlink(path: str, pid: int) -> None:

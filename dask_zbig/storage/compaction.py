@@ -7,14 +7,14 @@ is written again once a tier, a handful of times in its life, however small the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from dask_zbig.storage.segment import SegmentRef
 
-__all__ = ["BLOB_BYTES", "to_join"]
+__all__ = ["BLOB_BYTES", "DONE", "DONE_INLINE", "WIDTH", "to_join"]
 
 WIDTH = 12
 #: No more than this are joined at once, by one commit: the next ones go on.
@@ -30,15 +30,24 @@ DONE = 2 << 20
 DONE_INLINE = 128 << 10
 
 
-def to_join(extents: npt.NDArray[np.void], refs: Sequence[SegmentRef], *, blobs: bool) -> list[int]:
+def to_join(
+    extents: npt.NDArray[np.void],
+    refs: Sequence[SegmentRef],
+    *,
+    blobs: bool,
+    local: Callable[[SegmentRef], bool] = lambda ref: True,
+) -> list[int]:
     """Indices of the segments that one commit should join now; often none.
 
-    Segments count by the bytes of them that are in use, and only if these are less than `DONE`.
+    Segments count by the bytes of them that are in use, and only if these are less than `DONE`; inline ones, and all if
+    there are no blobs, less than `DONE_INLINE`.
 
     Parameters
     ----------
     blobs : bool
         Whether what is joined may become a blob.
+    local
+        Whether a segment can be read without asking a server for it: others are left to who has them.
     """
     if len(refs) < WIDTH:
         return []
@@ -51,7 +60,9 @@ def to_join(extents: npt.NDArray[np.void], refs: Sequence[SegmentRef], *, blobs:
             tiers.setdefault(_tier(size), []).append(i)
     for tier in sorted(tiers):
         if len(tiers[tier]) >= WIDTH:
-            return tiers[tier][:MOST]
+            near = [i for i in tiers[tier] if local(refs[i])]
+            if len(near) >= WIDTH:
+                return near[:MOST]
     return []
 
 

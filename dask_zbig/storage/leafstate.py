@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ from persistent import Persistent
 
 from dask_zbig.errors import FormatError
 from dask_zbig.storage import extents as ex
-from dask_zbig.storage.format import LEAF_BYTES, LEAF_VERSION, VERSION, broken, name_of, unpack_state
+from dask_zbig.storage.format import LEAF_BYTES, LEAF_VERSION, VERSION, name_of, unpack_state
 from dask_zbig.storage.packing import MOVED, SEGMENT, pack, unpack
 from dask_zbig.storage.segment import SegmentRef
 
@@ -63,21 +63,18 @@ class LeafState:
     @classmethod
     def unpack(cls, leaf: Any, state: Any) -> LeafState:
         """From what was stored for `leaf`. Raises `FormatError` if that breaks the format's rules."""
+        rows = isinstance(state, tuple) and bool(state) and type(state[0]) is int and state[0] == VERSION
+        fields = unpack_state(leaf, state, 5) if rows else unpack_state(leaf, state, 2, version=LEAF_VERSION)
         try:
-            if isinstance(state, tuple) and state and state[0] == VERSION and type(state[0]) is int:
-                extents, segments, move, objects = _unpack_rows(leaf, state)
-            else:
-                table, objects = unpack_state(leaf, state, 2, version=LEAF_VERSION)
-                if not isinstance(table, bytes) or not isinstance(objects, tuple):
-                    raise broken(leaf, "has fields of wrong types")
-                extents, segments, to, moved, age = unpack(table, len(objects))
-                move = Move(to, moved, age) if to else NOT_MOVED
-            _validate_move(move)
+            extents, segments, move, objects = _of_rows(*fields) if rows else _of_table(*fields)
+            if np.any(move.rows["start"] >= move.rows["stop"]) or np.any(
+                move.rows["start"][1:] < move.rows["stop"][:-1]
+            ):
+                raise FormatError("notes a move of bytes that are not sorted and disjoint")
             lo = int(extents["start"][0]) // LEAF_BYTES * LEAF_BYTES if len(extents) else 0
             ex.validate(extents, segments["length"].tolist(), lo, lo + LEAF_BYTES)
         except FormatError as e:
-            named = str(e).startswith(name_of(leaf))
-            raise e if named else FormatError(f"{name_of(leaf)}: {e}") from None
+            raise FormatError(f"{name_of(leaf)}: {e}") from None
         refs = tuple(
             SegmentRef(obj, length, checksum)
             for obj, (length, checksum) in zip(objects, segments.tolist(), strict=True)
@@ -109,23 +106,27 @@ class LeafState:
         )
 
 
-def _unpack_rows(leaf: Any, state: Any) -> tuple[ex.Extents, npt.NDArray[np.void], Move, tuple[Any, ...]]:
-    """Of a state of version 1: the tables as rows, which are not checked yet."""
-    packed, table, objects, to, moved = unpack_state(leaf, state, 5)
+_Tables: TypeAlias = "tuple[ex.Extents, npt.NDArray[np.void], Move, tuple[Any, ...]]"
+
+
+def _of_table(table: Any, objects: Any) -> _Tables:
+    """Extents, segments, the move and the segments' objects, as version 2 has them."""
+    if not isinstance(table, bytes) or not isinstance(objects, tuple):
+        raise FormatError("has fields of wrong types")
+    extents, segments, to, moved, age = unpack(table, len(objects))
+    return extents, segments, Move(to, moved, age) if to else NOT_MOVED, objects
+
+
+def _of_rows(packed: Any, table: Any, objects: Any, to: Any, moved: Any) -> _Tables:
+    """The same, as version 1 has them."""
     if not all(isinstance(b, bytes) for b in (packed, table, to, moved)) or not isinstance(objects, tuple):
-        raise broken(leaf, "has fields of wrong types")
+        raise FormatError("has fields of wrong types")
     if len(packed) % ex.EXTENT.itemsize or len(table) != len(objects) * SEGMENT.itemsize:
-        raise broken(leaf, f"has tables of {len(packed)} and {len(table)} bytes")
+        raise FormatError(f"has tables of {len(packed)} and {len(table)} bytes")
     if len(to) not in (0, 8) or len(moved) % MOVED.itemsize:
-        raise broken(leaf, f"notes a move to {to!r} in {len(moved)} bytes")
+        raise FormatError(f"notes a move to {to!r} in {len(moved)} bytes")
     move = Move(to, np.frombuffer(moved, MOVED)) if to else NOT_MOVED
     return np.frombuffer(packed, ex.EXTENT), np.frombuffer(table, SEGMENT), move, objects
-
-
-def _validate_move(move: Move) -> None:
-    rows = move.rows
-    if np.any(rows["start"] >= rows["stop"]) or np.any(rows["start"][1:] < rows["stop"][:-1]):
-        raise FormatError("notes a move of bytes that are not sorted and disjoint")
 
 
 def _identity(obj: Any) -> tuple[Any, Any]:

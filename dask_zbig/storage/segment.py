@@ -167,7 +167,14 @@ class FileSource:
             self._name.only = self._file.descriptor()
         else:
             self._name.path = kept
-        take(path)
+        try:
+            take(path)
+        except BaseException:
+            if self._name.path != path:  # it is where it was, and needs no other name
+                with contextlib.suppress(OSError):
+                    os.unlink(kept)
+                self._name.path = path
+            raise
 
 
 class _Name:
