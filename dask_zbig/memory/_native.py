@@ -21,7 +21,7 @@ from typing import Any
 from dask_zbig.errors import ClosedError, LoadError, ScratchError, WindowError, ZBigError
 from dask_zbig.memory._core import ffi, lib
 
-__all__ = ["BLOCK", "PAGE", "check", "counters", "ffi", "lib", "recount_mappings", "start"]
+__all__ = ["BLOCK", "PAGE", "check", "counters", "ffi", "free_window", "lib", "recount_mappings", "start"]
 
 PAGE: int = lib.ZB_PAGE
 BLOCK: int = lib.ZB_BLOCK
@@ -155,6 +155,13 @@ def recount_mappings() -> None:
         true = maps.read().count(b"\n")
     lib.zb_mappings_set(true)
     _recount_at = max(RECOUNT, true + true // 4)
+
+
+def free_window(handle: Any) -> None:
+    """Free a window. The estimate may have its mappings still: the end of a transaction is to look at that."""
+    global _recount_at
+    lib.zb_window_free(handle)
+    _recount_at = RECOUNT
 
 
 def counters() -> dict[str, int]:

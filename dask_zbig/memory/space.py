@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dask_zbig.errors import ForkError, ZBigError
-from dask_zbig.memory._native import BLOCK, check, ffi, lib, start
+from dask_zbig.memory._native import BLOCK, check, ffi, free_window, lib, start
 from dask_zbig.tempfiles import Hold, new_name
 
 __all__ = ["RUN", "Generation", "Service", "Space", "StaleFill", "Window", "find_space", "place_of"]
@@ -96,7 +96,7 @@ class Window:
         self._bases: list[weakref.ref[npt.NDArray[np.uint8]] | None] = [None, None]  # read-only, writeable
         self._seen = 0  # bytes that views were made of since pages were given back
         # Not at exit: a thread that is still running may be looking at it.
-        weakref.finalize(self, lib.zb_window_free, self._handle).atexit = False
+        weakref.finalize(self, free_window, self._handle).atexit = False
 
     @property
     def stop(self) -> int:
