@@ -115,26 +115,35 @@ class _Link:
         self._belated = False
 
     def run(self):
-        while self.server is None and not self._closed and self.proxy.wait(0.01):
-            server = socket.socket(socket.AF_UNIX)
-            try:
-                server.connect(self.proxy.upstream)
+        try:
+            while not self._closed and self.proxy.wait(0.01):
+                server = socket.socket(socket.AF_UNIX)
+                try:
+                    server.connect(self.proxy.upstream)
+                except OSError:
+                    server.close()
+                    continue
                 self.server = server
-            except OSError:
-                server.close()
-        if self.server is None or self._closed:
-            self.close()
-            return
-        down = threading.Thread(target=self._pump, args=(self.server, self.client, False), daemon=True)
-        down.start()
-        self._pump(self.client, self.server, True)
+                if self._closed:
+                    return
+                down = threading.Thread(target=self._pump, args=(server, self.client, False), daemon=True)
+                down.start()
+                self._pump(self.client, server, True)
+                down.join()
+                return
+        finally:
+            # Not before: a thread that is about to receive would do so from whoever gets the descriptor's number next.
+            for end in (self.client, self.server):
+                if end is not None:
+                    end.close()
+            self.proxy.ended(self)
 
     def close(self):
+        """Both ends are told; the descriptors are closed by who uses them."""
         self._closed = True
         for end in (self.client, self.server):
             if end is not None:
                 _shut(end)
-        self.proxy.ended(self)
 
     def _pump(self, source, target, to_server):
         try:
@@ -184,4 +193,3 @@ def _exactly(source, size):
 def _shut(end):
     with contextlib.suppress(OSError):
         end.shutdown(socket.SHUT_RDWR)
-    end.close()

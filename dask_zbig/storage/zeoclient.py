@@ -18,7 +18,14 @@ __all__ = ["ClientStorage"]
 
 
 class _PatientIO(_ClientIO):  # type: ignore[misc]  # ZEO ships no types
-    """ZEO's, with a pause: a server that accepts connections and ends them, as with TLS it may, must not be flooded."""
+    """ZEO's, with a pause, and with an end to waiting.
+
+    A server that accepts connections and ends them, as with TLS it may, must not be flooded; and one that accepts
+    them but never greets, as one that is hung or gone behind a forwarder, must not be waited for for ever.
+    """
+
+    GREETING = 5.0
+    """A server has so many seconds for its greeting, and up to twice as many."""
 
     _not_before = 0.0
     _later: Any = None
@@ -35,6 +42,26 @@ class _PatientIO(_ClientIO):  # type: ignore[misc]  # ZEO ships no types
             self._later.cancel()
             self._later = None
         super().try_connecting()
+        self.loop.call_later(self.GREETING, self._end_silent, self.protocols, frozenset())
+
+    def _end_silent(self, attempts: Any, before: frozenset[Any]) -> None:
+        """End those connections that had no greeting `before` and have none yet."""
+        if self.closed or self.protocols is not attempts:
+            return  # connected, or there are new attempts
+        silent = frozenset(p for p in attempts if not p.closed and _is_connected(p) and not _is_greeted(p))
+        for protocol in silent & before:
+            protocol.close(TimeoutError("The server did not greet."))
+            self.disconnected(protocol)  # connects again if no other attempt goes on
+        if self.protocols is attempts:
+            self.loop.call_later(self.GREETING, self._end_silent, attempts, silent)
+
+
+def _is_connected(protocol: Any) -> bool:
+    return protocol.sm_protocol is not None
+
+
+def _is_greeted(protocol: Any) -> bool:
+    return hasattr(protocol, "heartbeat_bytes")
 
 
 class ClientStorage(Loads):

@@ -86,6 +86,30 @@ def test_a_server_that_hangs_up_is_not_flooded(opened):
     assert times[3] - times[0] > 1.9
 
 
+def test_a_server_that_never_greets_is_left_and_asked_again(opened, monkeypatch):
+    """A hung one, or a forwarder whose server is gone. By ZEO's own client it would be waited for for ever."""
+    monkeypatch.setattr("dask_zbig.storage.zeoclient._PatientIO.GREETING", 0.2)
+    db, network = opened
+    with tempfile.TemporaryDirectory(prefix="t", dir="/tmp") as place, socket.socket(socket.AF_UNIX) as listener:
+        silent = os.path.join(place, "s")
+        listener.bind(silent)
+        listener.listen()
+        listener.settimeout(30)
+        good = db.storage._addr
+        db.storage.new_addr([silent])
+        network.cut()
+        with contextlib.closing(listener.accept()[0]) as first, contextlib.closing(listener.accept()[0]) as second:
+            for end in (first, second):
+                end.settimeout(30)
+                assert end.recv(1) == b""
+        db.storage.new_addr(good)
+        sync(db)
+    connection = db.open(transaction.TransactionManager())
+    connection.root()["A"] = dz.ZBigArray(100)
+    connection.transaction_manager.commit()
+    connection.close()
+
+
 def test_pings_that_are_under_way_when_the_client_is_closed_end(tmp_path):
     """Tasks may still be at work when their database is closed. By ZEO's own some would wait for ever, at exit, too."""
 
