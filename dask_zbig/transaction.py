@@ -13,6 +13,7 @@ storage is locked yet while data is written and synced.
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 import threading
 import weakref
@@ -99,7 +100,9 @@ def _scratch_directory(connection: Any) -> str:
     if configured:
         return str(configured)
     if connection is not None and database.has_blobs(connection):
-        return str(connection._normal_storage.temporaryDirectory())
+        directory = str(connection._normal_storage.temporaryDirectory())
+        if os.path.isdir(directory) or not connection.isReadOnly():  # one that is only read may be without
+            return directory
     return tempfile.gettempdir()
 
 

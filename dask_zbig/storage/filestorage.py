@@ -15,7 +15,7 @@ import stat
 from typing import Any
 
 from ZODB._compat import FILESTORAGE_MAGIC
-from ZODB.blob import LAYOUT_MARKER, rename_or_copy_blob
+from ZODB.blob import LAYOUT_MARKER, FilesystemHelper, rename_or_copy_blob
 from ZODB.FileStorage import FileStorage as _FileStorage
 from ZODB.FileStorage.FileStorage import FileStorageFormatError
 
@@ -45,6 +45,7 @@ class FileStorage(_FileStorage):  # type: ignore[misc]  # ZODB ships no types
     - Pack keeps no second copy, neither of ``Data.fs`` nor of the blobs.
     - No object gets the oid of one that was packed away: clients, which may know that one still, would take them for
       the same. (ZODB's own forgets these when it is opened again. The highest is kept in ``<path>.oid``.)
+    - One that is opened for reading only writes nothing, and needs neither the blob directory's ``tmp`` nor its mark.
     - A missing data file is created next to blobs that exist; they are not deleted.
     - What is created is private to the user: the data file 0600, the blob directory and missing parent
       directories 0700. Modes of existing files are kept, also by pack, and what is new beside or in them has
@@ -101,6 +102,14 @@ class FileStorage(_FileStorage):  # type: ignore[misc]  # ZODB ships no types
                     os.unlink(path + left)
             for directory in {os.path.dirname(path), os.path.dirname(blob_dir), blob_dir}:
                 _sync(directory)
+
+    def _blob_init(self, blob_dir: str, layout: str = "automatic") -> None:
+        if not self._is_read_only:
+            super()._blob_init(blob_dir, layout)
+            return
+        # ZODB's own makes the directory's `tmp` and its mark, where nothing may be made: on a read-only disk, in a copy.
+        self.fshelper = FilesystemHelper(blob_dir, layout)
+        self.dirty_oids: list[Any] = []
 
     def tpc_vote(self, transaction: Any) -> Any:
         """Make the transaction durable, with its blobs, all but the mark that it is finished."""

@@ -454,10 +454,13 @@ def test_no_space_for_one_more_dataset(db, tiny_disk):
         assert list(file) == ["there"]
 
 
-def test_what_may_only_be_read(db, tiny_disk):
+@pytest.mark.parametrize("missing", [[], ["tmp"], ["tmp", ".layout"]])
+def test_what_may_only_be_read(db, tiny_disk, missing):
     """A database on a read-only disk is exported; nothing is exported to it, and its name is told."""
     array = data((3000,))  # (the last page is shared by data and nothing, and so composed in a file)
     put(f"{tiny_disk}/x.fs", array)
+    for name in missing:  # by copies that leave out what is empty or hidden
+        subprocess.run(["rm", "-r", f"{tiny_disk}/x.fs.blobs/{name}"], check=True)
     subprocess.run(["mount", "-o", "remount,ro", tiny_disk], check=True)
     ok("export", f"{tiny_disk}/x.fs", "A", "A.npy", "--verify")
     assert same(np.load("A.npy"), array)

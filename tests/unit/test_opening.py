@@ -114,6 +114,17 @@ def test_read_only_file_can_be_opened_twice(tmp_path, opened):
     assert get(opened(here.uri), "b") == b"blob"
 
 
+def test_what_is_opened_for_reading_is_left_as_it_is(tmp_path, opened):
+    path = str(tmp_path / "x.fs")
+    db = opened(path)
+    put_blob(db, "b", b"blob")
+    db.close()
+    os.rmdir(path + ".blobs/tmp")
+    before = sorted(os.listdir(path + ".blobs"))
+    assert get(opened(f"file://{path}?read_only=1"), "b") == b"blob"
+    assert sorted(os.listdir(path + ".blobs")) == before
+
+
 def test_memory(opened):
     db = opened("memory://", cache_size=11)
     put(db, "a", 1)
