@@ -107,7 +107,7 @@ class FileStorage(_FileStorage):  # type: ignore[misc]  # ZODB ships no types
         if not self._is_read_only:
             super()._blob_init(blob_dir, layout)
             return
-        # ZODB's own makes the directory's `tmp` and its mark, where nothing may be made: on a read-only disk, in a copy.
+        # ZODB's own makes `tmp` and the mark, where nothing may be made: on a read-only disk, in somebody's copy.
         self.fshelper = FilesystemHelper(blob_dir, layout)
         self.dirty_oids: list[Any] = []
 
