@@ -295,5 +295,15 @@ class Progress:
             much = f"{size_text(self._done)} at {size_text(rate)}/s"
         else:
             much = f"{self._done} of {self._total} {self._unit}"
-        sys.stderr.write(f"\r{self._what} [{'#' * full}{'.' * (self._WIDTH - full)}] {part:4.0%} {much}{left}\x1b[K")
+        self._write(f"{self._what} [{'#' * full}{'.' * (self._WIDTH - full)}] {part:4.0%} {much}{left}")
+
+    def wait(self) -> None:
+        """Some time has gone by, in which nobody knows how much was done."""
+        if self._show:
+            self._shown = time.monotonic()
+            self._write(f"{self._what}: {self._shown - self._started:.0f} s")
+
+    @staticmethod
+    def _write(text: str) -> None:
+        sys.stderr.write(f"\r{text}\x1b[K")
         sys.stderr.flush()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import queue
 import re
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from persistent.mapping import PersistentMapping
 import dask_zbig as dz
 from dask_zbig.cli import common
 from dask_zbig.cli.main import main
+from dask_zbig.cli.pack import _watched
 
 
 def run(*args):
@@ -191,6 +193,30 @@ def test_compact_and_pack(path):
     assert json.loads(ok("pack", path, "--json", "--days", "0"))["after"]["blobs"] == 0
 
 
+def test_how_far_pack_is(path):
+    """By the size of the file that ZODB writes; before that, and of a server's, only that it goes on."""
+    told = queue.Queue()
+
+    class Progress:
+        def wait(self):
+            told.put("waiting")
+
+        def at(self, done, total):
+            told.put((done, total))
+
+    db = dz.open(path)
+    with _watched(db, Progress()):
+        assert told.get(timeout=30) == "waiting"
+        size = os.path.getsize(path)
+        with open(path + ".pack", "wb") as file:
+            file.truncate(size // 2)
+        while (latest := told.get(timeout=30)) == "waiting":
+            pass
+        assert latest in [(0, size), (size // 2, size)]
+    os.unlink(path + ".pack")
+    db.close()
+
+
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [
@@ -338,6 +364,9 @@ def test_progress(monkeypatch, capsys):
         progress._shown = 0.0
         progress.at(3, 4)
     assert "3 of 4 parts" in capsys.readouterr().err
+    with common.Progress("work", 4, show=True) as progress:
+        progress.wait()
+    assert "work: 0 s" in capsys.readouterr().err
     with common.Progress("work", 0) as progress:  # (no terminal)
         progress.add(0)
     assert capsys.readouterr().err == ""
