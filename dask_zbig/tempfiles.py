@@ -31,7 +31,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from types import TracebackType
 
-__all__ = ["OLD", "Hold", "TemporaryFile", "new_name", "remove", "sweep"]
+__all__ = ["BOOT", "OLD", "Hold", "TemporaryFile", "new_name", "remove", "sweep"]
 
 #: Seconds after which a file that no lock speaks for is taken for garbage.
 OLD = 86400.0
@@ -77,11 +77,12 @@ def _boot() -> str:
     return f"{zlib.crc32(text.strip().encode()):08x}"
 
 
-_BOOT = _boot()
+#: Which host this is, since it was started.
+BOOT = _boot()
 
 
 def _new_process() -> _Process:
-    return _Process(_BOOT + secrets.token_hex(8))
+    return _Process(BOOT + secrets.token_hex(8))
 
 
 _own = _new_process()
@@ -248,7 +249,7 @@ def _sweep_locked(directory: str, token: str, old: float, dry_run: bool) -> list
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         info = os.fstat(fd)
-        age = 0.0 if token.startswith(_BOOT) else old
+        age = 0.0 if token.startswith(BOOT) else old
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -27,6 +27,7 @@ from ZODB.utils import load_current
 
 from dask_zbig.descriptors import Descriptor, Reopened, close_unused
 from dask_zbig.errors import LoadError, ZBigError
+from dask_zbig.storage import checked
 from dask_zbig.storage.format import VERSION, broken, unpack_state
 
 __all__ = [
@@ -365,8 +366,11 @@ class SegmentReader:
         """Whether the storage keeps copies of blobs that it gets from a server."""
         return not getattr(self._storage, "shared_blob_dir", True)
 
-    def open_blob(self, oid: bytes, length: int, expected: int, what: object) -> int:
-        """A descriptor of a blob's file, of the right length (and, if it was downloaded, checksum)."""
+    def open_blob(self, oid: bytes, length: int, expected: int, what: object, *, anew: bool = False) -> int:
+        """A descriptor of a blob's file, of the right length (and, if it was downloaded, checksum).
+
+        With `anew`, the checksum of what was downloaded is computed whoever did so before.
+        """
         identity = (oid, length, expected)
         for attempt in range(_DOWNLOADS):
             serial = self._blob_serial(identity, what)
@@ -380,7 +384,7 @@ class SegmentReader:
                 close_unused()  # or it was for want of a descriptor
                 continue
             try:
-                problem = self._problem(fd, identity)
+                problem = self._problem(fd, identity, anew)
             except BaseException:
                 os.close(fd)
                 raise
@@ -411,8 +415,7 @@ class SegmentReader:
             progress(len(self.load_inline(oid, ref.length, ref.checksum, what)))
             return
         kept = self.blob_is_local(identity)
-        self._verified.discard(identity)
-        fd = self.open_blob(oid, ref.length, ref.checksum, what)
+        fd = self.open_blob(oid, ref.length, ref.checksum, what, anew=True)
         try:
             if self._downloads():  # then it has just been looked at
                 progress(ref.length)
@@ -425,17 +428,18 @@ class SegmentReader:
                 with contextlib.suppress(OSError):
                     os.unlink(self._storage.fshelper.getBlobFilename(oid, self._serials[identity]))
 
-    def _problem(self, fd: int, identity: _Identity) -> str | None:
+    def _problem(self, fd: int, identity: _Identity, anew: bool) -> str | None:
         _, length, expected = identity
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode):
             return "is no ordinary file"
         if found.st_size != length:
             return f"has {found.st_size} bytes where {length} were stored"
-        if self._downloads() and identity not in self._verified:
+        if self._downloads() and (anew or not (checked.is_noted(fd, expected) or identity in self._verified)):
             if _digest(fd, length, "it", lambda _: None) != expected:
                 return "does not have the checksum stored beside it"
-            self._verified.add(identity)
+            if not checked.note(fd, found, expected):
+                self._verified.add(identity)
         return None
 
 

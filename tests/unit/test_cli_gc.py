@@ -37,7 +37,7 @@ def path(tmp_path, monkeypatch):
     with db.transaction() as connection:
         connection.root()[ROOT_KEY][jobs[0].id].lease.until = time.time() - 1
     db.close()
-    token = tempfiles._BOOT + "f" * 16
+    token = tempfiles.BOOT + "f" * 16
     for name in (f".zbig-{token}.lock", f"zbig-{token}-1-1"):
         with open(os.path.join(path + ".blobs", "tmp", name), "wb") as file:
             file.write(b"x" * 512 * name.startswith("zbig"))

@@ -306,7 +306,7 @@ def test_what_no_lock_speaks_for_is_judged_by_its_age(tmp_path, later):
 
 def test_another_hosts_locks_say_nothing(tmp_path, later, monkeypatch):
     gone = dead(tmp_path)
-    monkeypatch.setattr(tempfiles, "_BOOT", "nowhere!")
+    monkeypatch.setattr(tempfiles, "BOOT", "nowhere!")
     everything = names(tmp_path)
     assert sweep(str(tmp_path)) == []
     assert names(tmp_path) == everything
@@ -328,7 +328,7 @@ def test_a_file_system_without_locks(tmp_path, later, monkeypatch):
 
 def test_a_lock_that_was_made_anew_while_a_janitor_looked(tmp_path, monkeypatch):
     """Another janitor had removed the first, as it was not locked yet. The second is somebody's who lives."""
-    token = tempfiles._BOOT + "0" * 16
+    token = tempfiles.BOOT + "0" * 16
     lock = tmp_path / f".zbig-{token}.lock"
     lock.write_bytes(b"")
     (tmp_path / f"zbig-{token}-1-1").write_bytes(b"x")
@@ -348,7 +348,7 @@ def test_a_lock_that_was_made_anew_while_a_janitor_looked(tmp_path, monkeypatch)
 @pytest.mark.parametrize("what", ["link", "fifo", "directory"])
 def test_locks_that_are_none(tmp_path, what):
     """In a directory where everybody may make files."""
-    token = tempfiles._BOOT + "0" * 16
+    token = tempfiles.BOOT + "0" * 16
     lock, victim = tmp_path / f".zbig-{token}.lock", tmp_path / f"zbig-{token}-1-1"
     victim.write_bytes(b"x")
     if what == "link":
@@ -365,7 +365,7 @@ def test_locks_that_are_none(tmp_path, what):
 
 @pytest.mark.skipif(os.getuid() != 0, reason="needs root, to give files to another user")
 def test_a_lock_speaks_for_its_owners_files_only(tmp_path):
-    token = tempfiles._BOOT + "0" * 16
+    token = tempfiles.BOOT + "0" * 16
     lock, victim = tmp_path / f".zbig-{token}.lock", tmp_path / f"zbig-{token}-1-1"
     victim.write_bytes(b"x")
     lock.write_bytes(b"")
