@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dask_zbig.distinct import among
 from dask_zbig.errors import LoadError
 from dask_zbig.memory.plan import Source
 from dask_zbig.openfile import OpenFile
@@ -67,7 +68,7 @@ def _trimmed(file: OpenFile, changes: Changes) -> npt.NDArray[np.void]:
         if not far and hi - lo <= STEP:
             certain = _uncovered(changes.written, base, lo, hi)
         elif len(changes.written):
-            there = ex.covered(base[~np.isin(base["segment"], far)])
+            there = ex.covered(base[~among(base["segment"], far)])
             unseen = ex.intersect(changes.written, ex.subtract(ex.one_range(lo, hi), there))
             parts.append(ex.restrict(part, unseen))
             part = ex.restrict(part, ex.subtract(ex.one_range(lo, hi), unseen))
@@ -166,7 +167,7 @@ def join_segments(
     file
         Whose leaf it is, if that is open here and shall know of the new segment.
     """
-    mask = np.isin(leaf.extents["segment"], chosen)
+    mask = among(leaf.extents["segment"], chosen)
     rows = _bridged(leaf.extents, mask, len(leaf.refs))
     moved = [(a, b, leaf.refs[i].key, offset) for a, b, i, offset in leaf.extents[mask].tolist()]
     sources: list[Source] = [source(ref) if i in chosen else BytesSource(b"") for i, ref in enumerate(leaf.refs)]

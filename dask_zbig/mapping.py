@@ -17,6 +17,7 @@ import numpy.typing as npt
 from ZODB.POSException import POSError
 
 from dask_zbig.descriptors import Descriptor
+from dask_zbig.distinct import among
 from dask_zbig.errors import WindowError, ZBigError
 from dask_zbig.memory._native import BLOCK
 from dask_zbig.memory.cache import CacheFile
@@ -226,7 +227,7 @@ def _at_hand(owner: Content, lo: int, hi: int) -> Iterator[tuple[int, int]]:
     """The runs of blocks of [lo, hi) all of whose bytes are local."""
     extents, sources = owner.content(lo, hi)
     far = [i for i in ex.used(extents).tolist() if not sources[i].local()]
-    remote = ex.covered(extents[np.isin(extents["segment"], far)])
+    remote = ex.covered(extents[among(extents["segment"], far)])
     outward: npt.NDArray[Any] = remote.copy()
     outward[:, 0] -= outward[:, 0] % BLOCK
     outward[:, 1] += -outward[:, 1] % np.uint64(BLOCK)

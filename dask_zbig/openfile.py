@@ -22,6 +22,7 @@ from ZODB.POSException import ConflictError
 
 from dask_zbig.ahead import ALL, LAZY, bring, bring_writable
 from dask_zbig.basemap import HOLE, BaseMap, Leaf
+from dask_zbig.distinct import among
 from dask_zbig.errors import ClosedError, LoadError, ZBigError
 from dask_zbig.mapping import Mapping
 from dask_zbig.memory._native import PAGE, check, lib, start
@@ -255,7 +256,7 @@ class OpenFile:
             return _END
         extents, sources = self.content(lo, hi)
         far = [i for i in ex.used(extents).tolist() if not sources[i].local()]
-        return ex.total(ex.covered(extents[np.isin(extents["segment"], far)]))
+        return ex.total(ex.covered(extents[among(extents["segment"], far)]))
 
     # -- what the bytes are
 

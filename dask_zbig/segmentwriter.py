@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from ZODB.blob import Blob
 
+from dask_zbig.distinct import among
 from dask_zbig.errors import ScratchError
 from dask_zbig.memory._native import PAGE
 from dask_zbig.memory.plan import Source
@@ -75,7 +76,7 @@ class SegmentWriter:
         self._keep(extents[staged], changes.refs)
         rest = extents[~staged]
         if self._large(rest):
-            whole = np.isin(rest["segment"], self._dense(rest, sources))
+            whole = among(rest["segment"], self._dense(rest, sources))
             self._whole(rest[whole], sources)
             rest = rest[~whole]
         if self._large(rest):

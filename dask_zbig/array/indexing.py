@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from dask_zbig.distinct import distinct
 from dask_zbig.errors import IndexingError, ShapeError
 
 __all__ = ["Geometry", "bounds", "is_basic", "locate", "major_rows", "strides_of"]
@@ -170,7 +171,7 @@ def major_rows(index: Any, shape: Sequence[int]) -> npt.NDArray[np.int64] | None
         rows = np.flatnonzero(rows.any(axis=tuple(range(1, rows.ndim))))
     elif rows.dtype.kind not in "iu" or (rows.size and not -shape[0] <= rows.min() <= rows.max() < shape[0]):
         return None
-    rows = np.unique(np.where(rows < 0, rows + shape[0], rows)).astype(np.int64)
+    rows = distinct(np.where(rows < 0, rows + shape[0], rows).ravel()).astype(np.int64)
     starts = np.flatnonzero(np.diff(rows, prepend=-2) != 1)
     if len(starts) > _RUNS:
         return None

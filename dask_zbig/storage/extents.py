@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from dask_zbig.distinct import distinct, numbered
 from dask_zbig.errors import FormatError
 
 if TYPE_CHECKING:
@@ -246,7 +247,7 @@ def used(extents: Extents) -> _Indices:
     >>> used(make([(0, 4, 3, 0), (4, 6, 1, 0), (6, 8, 3, 6)])).tolist()
     [1, 3]
     """
-    return np.unique(extents["segment"]).astype(np.intp)
+    return distinct(extents["segment"]).astype(np.intp)
 
 
 def restrict(extents: Extents, ranges: Ranges) -> Extents:
@@ -469,7 +470,7 @@ def combine(
     """
     committed, new = _identified((committed, keys_committed), (new, keys_new))
     merged = coalesce(_interleave(restrict(committed, _complement(ours)), restrict(new, ours)))
-    indices, merged["segment"] = np.unique(merged["segment"], return_inverse=True)
+    indices, merged["segment"] = numbered(merged["segment"])
     count = len(keys_committed)
     return merged, [("committed", i) if i < count else ("new", i - count) for i in indices.tolist()]
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dask_zbig.distinct import first_of_each
 from dask_zbig.errors import FormatError
 from dask_zbig.storage import extents as ex
 from dask_zbig.storage.format import LEAF_BYTES
@@ -158,7 +159,7 @@ def _unpack_places(places: npt.NDArray[np.void], rows: npt.NDArray[np.void], bas
 
 def _codes(segments: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
     codes = segments + np.uint32(1)
-    met, first = np.unique(segments, return_index=True)
+    met, first = first_of_each(segments)
     if np.array_equal(met, np.arange(len(met))) and np.all(first[1:] > first[:-1]):
         codes[first] = 0
     return codes

@@ -20,6 +20,7 @@ from ZODB import POSException
 from ZODB.blob import Blob
 from ZODB.POSException import ConflictError, POSError, POSKeyError
 
+from dask_zbig.distinct import first_of_each
 from dask_zbig.errors import FormatError, ZBigError
 from dask_zbig.storage import extents as ex
 from dask_zbig.storage.format import FANOUT, LEAF_BYTES, MAX_DEPTH, VERSION, broken, name_of, unpack_state
@@ -181,7 +182,7 @@ class ExtentLeaf(_Watched):
 
     def _replace(self, extents: ex.Extents, table: Sequence[SegmentRef]) -> None:
         extents = ex.coalesce(extents)
-        used, first = np.unique(extents["segment"], return_index=True)
+        used, first = first_of_each(extents["segment"])
         used = used[np.argsort(first)]  # by first appearance: that takes less space, see `packing`
         mapping = np.zeros(len(table), np.int64)
         mapping[used] = np.arange(len(used))
