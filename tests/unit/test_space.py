@@ -331,6 +331,16 @@ def test_a_load_that_fails(directory):
     assert bytes(view[:10]) == DATA[:10]
 
 
+def test_a_load_from_what_is_closed_is_not_tried_again(directory):
+    service = Fake(directory, DATA)
+    view = whole(service.space.window(0, BLOCK), BLOCK)
+    service.error = ClosedError("it is over")
+    with dask.config.set({"zbig.load-timeout": 20}):
+        raises_soon(ClosedError, lambda: view[0])
+    assert service.served == [(0, BLOCK)]
+    assert view[0] == 255
+
+
 def test_a_load_that_fails_for_a_while(directory):
     service = Fake(directory, DATA)
     view = whole(service.space.window(0, BLOCK), BLOCK)
