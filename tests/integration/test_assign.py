@@ -21,6 +21,8 @@ from dask_zbig.array.indexing import locate
 from dask_zbig.assign import assign
 from dask_zbig.memory._native import BLOCK, PAGE, counters
 
+from tests.names import named  # isort: skip
+
 MIB = 1 << 20
 STRUCT = np.dtype([("a", "<u4"), ("b", "<f8")])
 
@@ -199,7 +201,7 @@ def _outcome(assignment):
         (STRUCT, [(1, 2.5)] * 4),
         (STRUCT, 7),
     ],
-    ids=str,
+    ids=named,
 )
 def test_values_of_all_sorts_and_the_errors_of_numpy(local, always, dtype, value):
     client = local.connect()

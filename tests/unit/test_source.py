@@ -31,6 +31,8 @@ from dask_zbig.cluster.snapshot import ArraySource, origin_of
 from dask_zbig.cluster.source import _chunks, from_zbigarray
 from dask_zbig.errors import ClosedError, IndexingError, NotStoredError, SnapshotError, UncommittedChangesError
 
+from tests.names import named  # isort: skip
+
 MIB = 1 << 20
 
 
@@ -333,7 +335,7 @@ def test_the_past(connection, array):
     assert from_zbigarray(array, at=first).name != from_zbigarray(array, at=second).name
 
 
-@pytest.mark.parametrize("at", [b"short", "yesterday", True, float("nan"), 1e30, 10**400, object()], ids=repr)
+@pytest.mark.parametrize("at", [b"short", "yesterday", True, float("nan"), 1e30, 10**400, object()], ids=named)
 def test_what_is_no_time(array, at):
     with pytest.raises(SnapshotError):
         from_zbigarray(array, at=at)

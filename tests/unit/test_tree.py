@@ -30,6 +30,8 @@ from dask_zbig.storage.tree import (
     watch,
 )
 
+from tests.names import named  # isort: skip
+
 N = 60  # bytes that the model looks at
 
 
@@ -417,7 +419,7 @@ def test_damaged_node(keys, count):
 @pytest.mark.parametrize(
     ("level", "child"),
     [(1, ExtentNode(1)), (2, ExtentLeaf()), (1, None), (0, ExtentLeaf()), (5, ExtentNode(4)), (True, ExtentLeaf())],
-    ids=repr,
+    ids=named,
 )
 def test_damaged_children(level, child):
     with pytest.raises(FormatError, match=r"ExtentNode .*level"):
@@ -436,7 +438,7 @@ def test_damaged_children(level, child):
         (0, None, Journal(), Journal()),
         (0, None, Truncation(), None),
     ],
-    ids=repr,
+    ids=named,
 )
 def test_damaged_file(fields):
     with pytest.raises(FormatError, match="ZBigFile"):
@@ -515,7 +517,7 @@ def test_damaged_counts(count):
         {"file": None},
         {"file": ExtentLeaf()},
     ],
-    ids=repr,
+    ids=named,
 )
 def test_damaged_array(change):
     fields = {"shape": (3,), "descr": "<f8", "order": "C", "file": ZBigFile(), **change}
