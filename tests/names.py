@@ -7,4 +7,4 @@ import re
 
 def named(value):
     """A value's repr without addresses."""
-    return re.sub(r" object at 0x[0-9a-f]+", "", repr(value))
+    return re.sub(r"( object)? at 0x[0-9a-f]+", "", repr(value))
