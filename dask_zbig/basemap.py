@@ -103,6 +103,8 @@ class BaseMap:
 
     def resolve(self, lo: int, hi: int, bound: int | None = None) -> int:
         """Load the leaves of [lo, hi), `bound` at most; returns how far they are known."""
+        if lo // LEAF_BYTES in self._leaves and (hi - 1) // LEAF_BYTES == lo // LEAF_BYTES:
+            return hi  # most small reads and commits end here
         count = 0
         for a, b in self.missing(lo, hi).tolist():
             load(self._file)  # (to ask a ghost for a method loads it, with whatever error that may be)

@@ -341,6 +341,27 @@ def test_a_load_from_what_is_closed_is_not_tried_again(directory):
     assert view[0] == 255
 
 
+def test_a_load_that_fails_when_its_block_is_not_what_it_was(directory):
+    """The thread hears of it; but what it read is over, and the block is loaded anew."""
+    service = Fake(directory, DATA)
+    view = whole(service.space.window(0, BLOCK), BLOCK)
+    service.error = LoadError("the disk is on fire")
+    told = service.failed
+
+    def failed(lo, hi, error):
+        told(lo, hi, error)
+        service.error = None
+        service.space.drop(0, BLOCK)
+
+    service.failed = failed
+    loaders = {t for t in threading.enumerate() if t.name.startswith("zbig-loader")}
+    with dask.config.set({"zbig.load-timeout": 0.01}):
+        raises_soon(LoadError, lambda: view[0])
+    assert bytes(view[:10]) == DATA[:10]
+    assert len(service.failures) == 1
+    assert {t for t in loaders if t.is_alive()} == loaders
+
+
 def test_a_load_that_fails_for_a_while(directory):
     service = Fake(directory, DATA)
     view = whole(service.space.window(0, BLOCK), BLOCK)
