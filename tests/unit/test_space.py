@@ -362,6 +362,35 @@ def test_a_load_that_fails_when_its_block_is_not_what_it_was(directory):
     assert {t for t in loaders if t.is_alive()} == loaders
 
 
+# guard: loader.py: `if thread in _loaders`; removed -> the loader of the first block dies of the second one's error
+def test_a_load_by_a_loader_that_fails(directory, tmp_path_factory):
+    """As a finalizer in one of them may cause: it goes on, and serves who waits for it."""
+    other = Fake(str(tmp_path_factory.mktemp("other")), DATA)
+    other.error = LoadError("the disk is on fire")
+    theirs = whole(other.space.window(0, BLOCK), BLOCK)
+    service = Fake(directory, DATA)
+    view = whole(service.space.window(0, BLOCK), BLOCK)
+    serve, seen = service.serve, []
+
+    def touch_and_serve(lo, hi, recheck):
+        seen.append(theirs[0])
+        for _ in range(1000):  # an asynchronous exception comes at the next call or loop edge
+            pass
+        serve(lo, hi, recheck)
+
+    service.serve = touch_and_serve
+    loaders = {t for t in threading.enumerate() if t.name.startswith("zbig-loader")}
+    with dask.config.set({"zbig.load-timeout": 0.01}):
+        assert bytes(view[:10]) == DATA[:10]
+    assert seen == [255]
+    assert [failure[:2] for failure in other.failures] == [(0, BLOCK)]
+    assert service.failures == []
+    for _ in range(20):
+        service.space.drop(0, BLOCK)
+        assert view[0] == DATA[0]
+    assert {t for t in loaders if t.is_alive()} == loaders
+
+
 def test_a_load_that_fails_for_a_while(directory):
     service = Fake(directory, DATA)
     view = whole(service.space.window(0, BLOCK), BLOCK)
