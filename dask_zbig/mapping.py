@@ -21,7 +21,7 @@ from dask_zbig.distinct import among
 from dask_zbig.errors import WindowError, ZBigError
 from dask_zbig.memory._native import BLOCK
 from dask_zbig.memory.cache import CacheFile
-from dask_zbig.memory.plan import Piece, Source, batches, plan
+from dask_zbig.memory.plan import Piece, Source, batches, composed, plan
 from dask_zbig.memory.space import Service, Space, StaleFill, Window
 from dask_zbig.storage import extents as ex
 from dask_zbig.trim import compose
@@ -38,6 +38,9 @@ MOVES = 64
 AT_ONCE = 32
 #: Bytes that are composed at once: so much memory it takes, and a processor's cache still has them.
 COMPOSED = 4 << 20
+#: Bytes that are composed in a transaction before they are touched. Of an array that is in very many pieces all would
+#: be copied when it is viewed.
+EAGER = 32 << 20
 
 
 class Content(Service, Protocol):
@@ -72,6 +75,7 @@ class Mapping:
         self._filled = ex.no_ranges()  # what was asked for since there are views
         self._moved: dict[int, int] = {}  # blocks of the last small commit: how many in a row
         self._window: Window | None = None
+        self._eager = EAGER  # what is left of it
 
     # -- windows
 
@@ -103,6 +107,7 @@ class Mapping:
 
     def rest(self) -> None:
         """Between transactions: nothing of a window that nobody looks at need stay resident."""
+        self._eager = EAGER
         for window in self.space.windows():
             if window.idle:
                 window.release()
@@ -120,7 +125,10 @@ class Mapping:
             self._filled = ex.union(self._filled, ex.one_range(lo, hi))
 
     def map(self, owner: Content, lo: int, hi: int, local_only: bool) -> None:
-        """Map what is absent of [lo, hi) in every window; `local_only`: as far as no server must be asked.
+        """Map what is absent of [lo, hi) in every window.
+
+        With `local_only`, as far as no server must be asked and not more than `EAGER` bytes must be composed: by the
+        connection's thread.
 
         Raises
         ------
@@ -145,15 +153,27 @@ class Mapping:
                 return
             stop = min(window.present(start, hi), window.stop)
             for a, b in _at_hand(owner, start, stop) if local_only else [(start, stop)]:
-                self._map_run(owner, window, epoch, a, b)
+                self._map_run(owner, window, epoch, a, b, local_only)
             lo = stop
 
-    def _map_run(self, owner: Content, window: Window, epoch: int, lo: int, hi: int) -> None:
+    def _map_run(self, owner: Content, window: Window, epoch: int, lo: int, hi: int, eager: bool) -> None:
         extents, sources = owner.content(lo, hi)
+        if eager:
+            upto = self._affordable(extents, sources, hi)
+            extents, hi = ex.clip(extents, lo, upto), upto
+            if lo >= hi:
+                return
         for a, b, some in batches(plan(extents, sources, lo, hi), lo, hi, AT_ONCE):
             files: list[Descriptor] = []  # open until they are mapped
             rows = [row for p in some for row in self._rows(p, extents, sources, files)]
             window.fill(epoch, a, b, rows)
+
+    def _affordable(self, extents: ex.Extents, sources: Sequence[Source], hi: int) -> int:
+        """Where the blocks end that can be mapped without composing more than is left of `EAGER`."""
+        costs = np.cumsum(composed(extents, sources))
+        first = int(np.searchsorted(costs, self._eager, "right"))
+        self._eager -= int(costs[first - 1]) if first else 0
+        return hi if first == len(extents) else int(extents["start"][first]) // BLOCK * BLOCK
 
     def _rows(
         self, p: Piece, extents: ex.Extents, sources: Sequence[Source], files: list[Descriptor]

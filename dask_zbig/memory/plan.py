@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from dask_zbig.descriptors import Descriptor
 
-__all__ = ["Piece", "Source", "batches", "plan"]
+__all__ = ["Piece", "Source", "batches", "composed", "plan"]
 
 PAGE, BLOCK = 4096, 2 << 20
 #: Shorter runs are copied rather than mapped: 64 KiB.
@@ -60,6 +60,17 @@ class Piece:
     kind: str
     source: int = -1
     offset: int = 0
+
+
+def composed(extents: npt.NDArray[np.void], sources: Sequence[Source]) -> npt.NDArray[np.int64]:
+    """Of each extent, about how many bytes must be copied because they cannot be mapped."""
+    size = (extents["stop"] - extents["start"]).astype(np.int64)
+    files = np.array([source.in_file for source in sources], np.bool_)
+    direct = (extents["start"] - extents["offset"]) % np.uint64(PAGE) == 0
+    direct &= size >= MIN_DIRECT
+    if len(extents):
+        direct &= files[extents["segment"]]
+    return np.where(direct, 0, size)
 
 
 def _down(x: int) -> int:

@@ -14,6 +14,7 @@ import pytest
 from ZODB.POSException import ConflictError
 
 import dask_zbig as dz
+from dask_zbig.memory._native import BLOCK, counters
 
 SECONDS = 100
 
@@ -202,11 +203,47 @@ def test_a_fragmented_view_takes_little_memory(local):
     len(view)
     tracemalloc.start()
     try:
+        view.prefetch()
         assert float(view[:].sum()) == pages * 768
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert peak < 30 << 20
+
+
+# guard: mapping.py `_affordable`; without it -> all is copied when it is viewed
+def test_a_view_of_very_many_pieces_copies_them_when_they_are_touched(local, monkeypatch):
+    monkeypatch.setattr("dask_zbig.mapping.EAGER", 4 * BLOCK)
+    blocks = 16
+    local.new((blocks * 512, 512), "f8")
+    one = local.connect()
+    A = one.root["A"]
+    A[:] = np.arange(blocks * 512)[:, None]
+    one.commit()
+    A[: blocks * 256 : 2] = -1  # of the first half every other page; the second half is in one piece
+    one.commit()
+    expected = A[:].copy()
+    other = local.connect()
+    view = other.root["A"][:]
+
+    def loaded():
+        """Read all; how many blocks were mapped by that?"""
+        before = counters()["read_faults"]
+        np.testing.assert_array_equal(view, expected)
+        return counters()["read_faults"] - before
+
+    assert not other.root["A"]._open().lacks(0, 4 * BLOCK)
+    assert other.root["A"]._open().lacks(4 * BLOCK, 8 * BLOCK)
+    assert 1 <= loaded() <= 12
+    assert loaded() == 0
+    for turn in range(2):  # each transaction may copy as much again
+        other.root["A"]._open().space.drop(0, view.nbytes)
+        other.abort()
+        view = other.root["A"][:]
+        assert other.root["A"]._open().lacks(4 * BLOCK, 8 * BLOCK)
+        if turn:
+            other.root["A"].prefetch()
+            assert loaded() == 0
 
 
 def test_an_option_that_makes_no_sense_does_not_stop_the_loaders(local):
