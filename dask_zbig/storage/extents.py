@@ -176,16 +176,19 @@ def clip(extents: Extents, lo: int, hi: int) -> Extents:
     >>> clip(make([(0, 10, 0, 0), (20, 30, 0, 50)]), 5, 25).tolist()
     [(5, 10, 0, 5), (20, 25, 0, 50)]
     """
-    low, high = _bound(lo), _bound(hi)
-    if low >= high:
+    lo, hi = max(lo, 0), min(hi, _END)
+    if lo >= hi or not len(extents):
         return empty()
-    part = extents[bisect_right(extents["stop"], low) : bisect_left(extents["start"], high)].copy()
+    starts, stops = extents["start"], extents["stop"]
+    if starts[0] >= lo and stops[-1] <= hi:
+        return extents.copy()
+    part = extents[bisect_right(stops, lo) : bisect_left(starts, hi)].copy()
     if len(part):
-        first, last = part[:1], part[-1:]
-        start = np.maximum(first["start"], low)
-        first["offset"] += start - first["start"]
-        first["start"] = start
-        last["stop"] = np.minimum(last["stop"], high)
+        start, stop, segment, offset = part[0].item()
+        if start < lo:
+            part[0] = (lo, stop, segment, offset + lo - start)
+        if part["stop"][-1] > hi:
+            part["stop"][-1] = hi
     return part
 
 
