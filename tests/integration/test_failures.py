@@ -127,15 +127,35 @@ def test_a_transaction_doomed_by_a_load_is_over_with_abort(tmp_path):
     )
 
 
-def test_truncated_file_is_noticed(tmp_path):
+# guard: openfile.py: `if recheck`, segment.py: `size < self.length`; removed -> the file is mapped again for ever
+@pytest.mark.parametrize("held", [False, True], ids=["opened anew", "open"])
+def test_a_shorter_file_is_noticed(tmp_path, held):
+    """Also while somebody has it open, whose descriptor is used then."""
     run(
         """
-        a, b = root["A"][:], root["B"][:]
-        for path in blob_files():
-            os.truncate(path, 4096)
-        assert "truncated" in raises(dz.LoadError, lambda: a[500000])
+        root["L"] = dz.ZBigArray(8 << 20, "u1")
+        root["L"][:] = 3
+        transaction.commit()
+        conn.close(); db.close()
         """,
         tmp_path,
+        write=False,
+    )
+    run(
+        f"""
+        a = root["L"][:]
+        assert a[5_000_000] == 3
+        kept = root["L"]._open().content(0, 8 << 20)[1] if {held} else []
+        for source in kept:
+            source.descriptor()
+        for path in blob_files():
+            os.truncate(path, 4096)
+        why = raises(dz.LoadError, lambda: a[5_000_000])
+        assert ("has only 4096 bytes left" if {held} else "has 4096 bytes where 8388608") in why, why
+        raises(dz.LoadError, transaction.commit)
+        """,
+        tmp_path,
+        write=False,
     )
 
 
