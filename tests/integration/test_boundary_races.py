@@ -156,6 +156,24 @@ def test_a_loader_that_comes_with_an_old_leaf_is_too_late(merging, monkeypatch):
     assert a[place] == 2
 
 
+# guard: openfile.py, `_resolve_elsewhere`: `_cut`; else a[100] is 9 again
+def test_what_a_transaction_has_cut_off_stays_so_when_a_loader_loads_it(merging, monkeypatch):
+    """It does so by another connection, which does not see what this transaction has done."""
+    monkeypatch.setattr(openfile, "EAGER_LEAVES", 0)
+    merging.new(SIZE, "u1")
+    one, A, two, B = merging.pair()
+    B[[10, 100, LAST]] = [8, 9, 7]
+    two.commit()
+    one.begin()
+    A.resize(50)
+    A.resize(SIZE)
+    a = A[:]
+    assert (a[10], a[100], a[LAST]) == (8, 0, 0)
+    one.commit()
+    two.begin()
+    assert (B[10], B[100], B[LAST]) == (8, 0, 0)
+
+
 # guard: loader.py, `_fill`: again after StaleFill; else the reader slept for ever: what had changed was another block
 def test_a_savepoint_while_a_leaf_is_loaded_for_another_block(merging, monkeypatch):
     monkeypatch.setattr(openfile, "EAGER_LEAVES", 0)
