@@ -6,6 +6,7 @@ import contextlib
 import faulthandler
 import gc
 import os
+import signal
 import subprocess
 import sys
 
@@ -32,6 +33,8 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 def pytest_configure(config):
     # now, while nothing is captured: what faulthandler writes must not go to a file that nobody will read
     config.zbig_stderr = os.dup(2)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background: children would ignore it, too
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")
