@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import transaction
 from ZEO.Exceptions import ClientDisconnected
+from ZODB.POSException import ReadConflictError
 
 import dask_zbig as dz
 from dask_zbig import openfile
@@ -172,6 +173,40 @@ def test_what_was_shown_as_0xff_is_refused_by_calls_until_the_abort(stored):
         connection.transaction_manager.commit()
     connection.transaction_manager.abort()
     assert A.sum() == 7 * SIZE
+
+
+# guard: openfile.py, `discard`: what was 0xFF is forgotten; else the first rows are refused for ever after
+def test_what_has_healed_is_not_refused_when_something_else_is_lost(stored):
+    path, connection = stored
+    A = connection.root()["A"]
+    view = A[:]
+    first, last = np.s_[:10], np.s_[-10:]  # in two blocks
+    for rows in (first, last):
+        A._open().space.drop(0, SIZE)
+        with away(path), pytest.raises(dz.LoadError, match="segment"):  # noqa: PT012 - it comes at the next turn
+            assert view[rows].max() == 255
+            for _ in range(10**6):
+                pass
+        with pytest.raises(dz.LoadError, match="must be aborted"):
+            A.prefetch(rows)
+        if rows is first:
+            connection.transaction_manager.abort()
+            A.prefetch(rows)
+    A.prefetch(first)
+    connection.transaction_manager.abort()
+    assert A.sum() == 7 * SIZE
+
+
+# guard: ahead.py, `_ordinary`: a conflict is not a LoadError, for whoever would try again
+def test_a_conflict_while_the_extent_map_is_loaded_stays_one(stored, monkeypatch):
+    _, connection = stored
+
+    def resolve(self, *_):
+        raise ReadConflictError("as from a storage that has no history")
+
+    monkeypatch.setattr(OpenFile, "resolve", resolve)
+    with pytest.raises(ReadConflictError):
+        connection.root()["A"].prefetch()
 
 
 # guard: fault.c: a thread that has slept asks whether it was told; removed -> only the first was

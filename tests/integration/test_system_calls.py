@@ -10,10 +10,12 @@ import os
 import socket
 import threading
 
+import dask
 import numpy as np
 import pytest
 
 import dask_zbig as dz
+from dask_zbig.memory.space import Window
 
 BLOCK = 2 << 20
 SIZE = 2 * BLOCK
@@ -189,6 +191,38 @@ def test_writable_until_the_next_savepoint(array, file):
     assert not view.any()
     client.abort()
     assert (view == pattern(1000)).all()
+
+
+# guard: ahead.py, `bring_writable`: again after EAGAIN; removed -> an error
+def test_a_writable_prefetch_of_what_is_dropped_meanwhile(array, file, monkeypatch):
+    _client, A = array
+    original, calls = Window.write, []
+
+    def write(self, lo, data, size):
+        calls.append(lo)
+        if len(calls) == 1:
+            A._open().space.drop(0, SIZE)
+        return original(self, lo, data, size)
+
+    monkeypatch.setattr(Window, "write", write)
+    A.prefetch(writable=True)
+    assert len(calls) == 2
+    file.write(bytes(1000))
+    file.seek(0)
+    file.readinto(A[:1000])
+    assert not A[:1000].any()
+
+
+# guard: ahead.py, `bring_writable`: asks again after EFAULT; removed -> the error says nothing of the file
+def test_a_writable_prefetch_of_a_file_that_was_truncated(array):
+    client, A = array
+    A[:].sum()
+    kept = A._open().content(0, SIZE)[1]  # as a load that goes on at the same time: its descriptor is used
+    for source in kept:
+        os.truncate(f"/proc/self/fd/{source.descriptor().fd}", 4096)
+    with dask.config.set({"zbig.load-timeout": 0.3}), pytest.raises(dz.LoadError, match="has only 4096 bytes left"):
+        A.prefetch(writable=True)
+    client.abort()
 
 
 def test_a_writable_prefetch_alone_changes_nothing(array):

@@ -49,6 +49,23 @@ def test_a_commit_whose_connection_is_lost_is_aborted_without_a_second_error(ope
     connection.close()
 
 
+# guard: ahead.py, `patiently`; removed -> ClientDisconnected
+@pytest.mark.parametrize("use", [lambda A: A.prefetch(), lambda A: A[5], lambda A: A[:10].sum()])
+def test_a_connection_that_is_lost_while_the_extent_map_is_loaded_is_made_again(opened, use):
+    db, network = opened
+    with db.transaction() as connection:
+        connection.root()["A"] = A = dz.ZBigArray(100)
+        A[5] = 1
+    with contextlib.closing(dz.open(dz.database.location(db).uri)) as other, other.transaction() as connection:
+        A = connection.root()["A"]
+        len(A)
+        A._file._p_activate()
+        network.expect(Trouble("lose", b"loadBefore"))
+        assert use(A) in (None, 1)
+        assert network.happened
+        assert A[5] == 1
+
+
 def test_what_is_opened_while_the_server_is_away_can_be_written_to(opened):
     db, network = opened
     connection = db.open(transaction.TransactionManager())
