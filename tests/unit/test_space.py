@@ -362,6 +362,29 @@ def test_a_load_that_fails_when_its_block_is_not_what_it_was(directory):
     assert {t for t in loaders if t.is_alive()} == loaders
 
 
+# guard: loader.py, `_give_up`: `window.lost`; removed -> the thread asks again for ever
+def test_a_load_that_fails_where_nothing_can_be_mapped(directory, monkeypatch):
+    """There may be no mapping left for 0xFF. It reads zeros, which nobody can commit."""
+    service = Fake(directory, DATA)
+    window = service.space.window(0, 2 * BLOCK)
+    view = whole(window, 2 * BLOCK)
+    service.error = LoadError("the disk is on fire")
+
+    def fill(self, *_):
+        raise WindowError("there are too many mappings")
+
+    with monkeypatch.context() as patch, dask.config.set({"zbig.load-timeout": 0.01}):
+        patch.setattr(type(window), "fill", fill)
+        raises_soon(LoadError, lambda: view[0])
+    assert [failure[:2] for failure in service.failures] == [(0, BLOCK)]
+    assert (view[0], view[BLOCK]) == (0, 0)
+    with pytest.raises(WindowError):
+        service.space.freeze()
+    service.space.discard()
+    service.error = None
+    assert bytes(view[:10]) == DATA[:10]
+
+
 # guard: loader.py: `if thread in _loaders`; removed -> the loader of the first block dies of the second one's error
 def test_a_load_by_a_loader_that_fails(directory, tmp_path_factory):
     """As a finalizer in one of them may cause: it goes on, and serves who waits for it."""
