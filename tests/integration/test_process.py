@@ -257,12 +257,21 @@ def test_a_thousand_signals_a_second(stored):
     )
 
 
-# guard: fault.c: `sleep_interruptibly`; removed -> it took until the deadline
-@pytest.mark.parametrize("call", ["view.sum()", "A.sum()"])
-def test_ctrl_c_during_a_load(tmp_path, call):
+# guard: fault.c: `sleep_interruptibly`; removed -> it took until the deadline. loader.py, `_interrupted`: `service.failed`;
+# removed -> A.sum() is a wrong number; returns the error; removed -> not interrupted, with a handler that does not raise
+@pytest.mark.parametrize(
+    ("call", "handler", "interrupt"),
+    [
+        ("view.sum()", "signal.default_int_handler", "KeyboardInterrupt"),
+        ("A.sum()", "signal.default_int_handler", "KeyboardInterrupt"),
+        ("view.sum()", "lambda *_: None", "dz.LoadError"),
+    ],
+)
+def test_ctrl_c_during_a_load(tmp_path, call, handler, interrupt):
     """By a server that does not answer."""
     script(
         f"""
+        signal.signal(signal.SIGINT, {handler})
         conn.close(); db.close()
         dask.config.set({{"zbig.load-timeout": 50}})
         server = dz.serve("served.fs", shared_blob_dir=False)
@@ -290,11 +299,17 @@ def test_ctrl_c_during_a_load(tmp_path, call):
                 {call}
                 for _ in range(10**6): pass
                 sys.exit("not interrupted")
-            except KeyboardInterrupt:
+            except {interrupt}:
                 took = time.monotonic() - started[0]
             assert took < 5, took
             os.kill(server.pid, signal.SIGCONT)
             if "view" in {call!r}:
+                for use in (A.sum, A.prefetch, lambda: np.asarray(A)):
+                    try:
+                        use()
+                        sys.exit("0xFF was taken for data")
+                    except dz.LoadError as error:
+                        assert "Ctrl-C" in str(error)
                 conn.root()["n"] = 1
                 try:
                     transaction.commit()
