@@ -257,8 +257,8 @@ def test_a_thousand_signals_a_second(stored):
     )
 
 
-# guard: fault.c: `sleep_interruptibly`; removed -> it took until the deadline. loader.py, `_interrupted`: `service.failed`;
-# removed -> A.sum() is a wrong number; returns the error; removed -> not interrupted, with a handler that does not raise
+# guard: fault.c: `sleep_interruptibly`; removed -> it took until the deadline. loader.py, `_interrupted`:
+# `service.failed`; removed -> A.sum() is wrong; the error; removed -> not interrupted, where the handler does not raise
 @pytest.mark.parametrize(
     ("call", "handler", "interrupt"),
     [

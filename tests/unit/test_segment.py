@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import os
 import resource
@@ -255,6 +256,24 @@ def test_when_all_descriptors_are_taken(tmp_path):
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         for fd in taken:
             os.close(fd)
+
+
+# guard: segment.py, `open_blob`: `close_unused`; removed -> LoadError
+def test_a_blob_that_cannot_be_opened_for_want_of_descriptors(tmp_path, monkeypatch):
+    db = dz.open(tmp_path / "x.fs")
+    oid = stored(db, Blob(DATA))
+    source = reader(db).source(SegmentRef(Named(oid), len(DATA), checksum(DATA)))
+    closed, load = [], db.storage.loadBlob
+
+    def load_blob(*args):
+        if not closed:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return load(*args)
+
+    monkeypatch.setattr(db.storage, "loadBlob", load_blob)
+    monkeypatch.setattr("dask_zbig.storage.segment.close_unused", lambda: closed.append(True))
+    assert source.read(5, 10) == DATA[5:15]
+    db.close()
 
 
 @pytest.mark.parametrize("links", [True, False])

@@ -10,6 +10,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import dask
 import pytest
 import transaction
 from ZEO.Exceptions import ClientDisconnected
@@ -64,6 +65,29 @@ def test_a_connection_that_is_lost_while_the_extent_map_is_loaded_is_made_again(
         assert use(A) in (None, 1)
         assert network.happened
         assert A[5] == 1
+
+
+# guard: zeoloads.py, `_answer`: since the last piece; removed -> the server has not answered
+def test_a_blob_that_takes_longer_than_the_time_out_but_comes(tmp_path):
+    size = 10 * 59_000  # ten pieces of ZEO's
+    with contextlib.ExitStack() as stack:
+        place = stack.enter_context(tempfile.TemporaryDirectory(prefix="t", dir="/tmp"))
+        server, proxy = os.path.join(place, "zeo"), os.path.join(place, "proxy")
+        uri = stack.enter_context(dz.serve(tmp_path / "x.fs", address=server, shared_blob_dir=False))
+        with contextlib.closing(dz.open(uri)) as db, db.transaction() as connection:
+            connection.root()["A"] = A = dz.ZBigArray(size, "u1")
+            A[:] = 7
+        network = stack.enter_context(contextlib.closing(Proxy(server)))
+        network.listen(proxy)
+        db = stack.enter_context(contextlib.closing(dz.open(uri.replace(server, proxy, 1))))
+        connection = db.open(transaction.TransactionManager())
+        slow = [Trouble("delay", b"receiveBlobChunk", to_server=False, seconds=0.4)] * 10  # one each
+        with dask.config.set({"zbig.load-timeout": 2}):
+            network.expect(*slow)
+            connection.root()["A"].prefetch()
+        assert len(network.happened) == 10
+        assert connection.root()["A"].sum() == 7 * size
+        connection.close()
 
 
 def test_what_is_opened_while_the_server_is_away_can_be_written_to(opened):
