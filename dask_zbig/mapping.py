@@ -40,7 +40,7 @@ AT_ONCE = 32
 COMPOSED = 4 << 20
 #: Bytes that are composed in a transaction before they are touched. Of an array that is in very many pieces all would
 #: be copied when it is viewed.
-EAGER = 32 << 20
+EAGER = 16 << 20
 
 
 class Content(Service, Protocol):
