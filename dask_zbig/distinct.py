@@ -1,7 +1,7 @@
 """The different values of small arrays.
 
-``np.unique`` imports ``numpy.ma`` when it is first called, which costs the first view of a process 30 ms; ``np.isin`` takes
-ten times as long for a few values.
+``np.unique`` imports ``numpy.ma`` when it is first called, which costs the first view of a process 30 ms; ``np.isin``
+takes ten times as long for a few values.
 """
 
 from __future__ import annotations
