@@ -611,7 +611,7 @@ kind, name, end = sys.argv[2], sys.argv[3], time.monotonic() + float(sys.argv[4]
 A = connection.root()[name]
 print("ready", flush=True)
 rounds = 0
-while time.monotonic() < end:
+while rounds < 3 or time.monotonic() < end:
     rounds += 1
     if kind == "janitor":
         collect_garbage(db)
