@@ -30,14 +30,14 @@ def new_array(connection: Any, shape: Any, dtype: str = "f8") -> Any:
 # -- write
 
 
-@side("write.memmap", warm=2)
+@side("write.memmap")
 def write_memmap(place: Place) -> dict[str, Any]:
     """np.memmap: fill a new file through the mapping; flush (msync, which waits for the disk) every 64 MiB."""
     array = np.memmap(place.path("memmap"), "f8", "w+", shape=(place.mib << 17,))
     return fill(place.mib, lambda at, data: array.__setitem__(slice(at, at + len(data)), data), array.flush)
 
 
-@side("write.plain", warm=2)
+@side("write.plain")
 def write_plain(place: Place) -> dict[str, Any]:
     """write(2) in pieces of 2 MiB; fsync every 64 MiB."""
     with open(place.path("plain"), "wb", buffering=0) as file:
@@ -60,14 +60,14 @@ def _view(array: Any, mib: int) -> dict[str, Any]:
     return result | {"faults": faults, "faults_per_mib": faults / mib}
 
 
-@side("write.view", warm=2)
+@side("write.view")
 def write_view(place: Place) -> dict[str, Any]:
     """dask_zbig: fill a view; commit (fsync of the blob and of Data.fs) every 64 MiB."""
     with opened(place.path("x.fs")) as connection:
         return _view(new_array(connection, place.mib << 17), place.mib)
 
 
-@side("write.assign", warm=2)
+@side("write.assign")
 def write_assign(place: Place) -> dict[str, Any]:
     """dask_zbig: A[i:j] = x; commit every 64 MiB."""
     with opened(place.path("assign.fs")) as connection:
@@ -81,7 +81,7 @@ def write_assign(place: Place) -> dict[str, Any]:
     return result
 
 
-@side("write.append", warm=2)
+@side("write.append")
 def write_append(place: Place) -> dict[str, Any]:
     """dask_zbig: A.append(x) of 64 MiB; commit after each."""
     with opened(place.path("append-bulk.fs")) as connection:
@@ -93,7 +93,7 @@ def write_append(place: Place) -> dict[str, Any]:
     return result
 
 
-@side("write.zeo", warm=2)
+@side("write.zeo")
 def write_zeo(place: Place) -> dict[str, Any]:
     """dask_zbig over ZEO with a shared blob directory: as write.view; the server syncs the blobs' directories."""
     with served(place.path("zeo.fs")) as uri, opened(uri) as connection:
@@ -103,7 +103,7 @@ def write_zeo(place: Place) -> dict[str, Any]:
     return result
 
 
-@side("write.zeo-cache", warm=3)
+@side("write.zeo-cache", warm=2)
 def write_zeo_cache(place: Place) -> dict[str, Any]:
     """dask_zbig over ZEO with a blob cache of the client's own: blobs are uploaded; the server syncs them."""
     cache = place.path("write-cache")

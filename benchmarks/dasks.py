@@ -13,7 +13,7 @@ import numpy as np
 import transaction
 
 import dask_zbig as dz
-from benchmarks.measure import STEP, Tree, check, discard, opened, served, source
+from benchmarks.measure import STEP, Tree, check, discard, opened, served, source, warm
 from benchmarks.model import Place, side
 from benchmarks.peers import VARIANTS, open_store
 
@@ -121,13 +121,14 @@ def _stored(place: Place, store: Callable[[int, Any], None]) -> dict[str, Any]:
         store(0, _made(2 * CHUNK))
         seconds = []
         for i in range(1, 2 if place.quick else 3):
+            warm(place.mib << 21)
             start = time.perf_counter()
             store(i, _made(place.mib << 17))
             seconds.append(time.perf_counter() - start)
     return {"seconds": statistics.median(seconds)}
 
 
-@side("store.view", warm=3)
+@side("store.view")
 def store_view(place: Place) -> dict[str, Any]:
     """dask_zbig over ZEO: to_zbigarray by two processes, then commit; workers sync what they stage."""
     with served(place.path("store.fs")) as uri, opened(uri) as connection:
@@ -144,7 +145,7 @@ def store_view(place: Place) -> dict[str, Any]:
     return result
 
 
-@side("store.zarr", warm=3, peer="zarr")
+@side("store.zarr", peer="zarr")
 def store_zarr(place: Place) -> dict[str, Any]:
     """Zarr: da.to_zarr by two processes, raw chunks of 64 MiB, then fsync of all files."""
     import zarr

@@ -261,15 +261,15 @@ def _append(peer: str, chunk: int, place: Place) -> dict[str, Any]:
 def _register() -> None:
     for peer, chunk in VARIANTS:
         name = f"{peer}-{chunk}"
-        for what, run, needs, warm in (
-            ("write", _write, [], 2),
-            ("read", _read, [f"{name}.write"], 0),
-            ("random", _random, [f"{name}.write"], 0),
-            ("append", _append, [], 0),
+        for what, run, needs in (
+            ("write", _write, []),
+            ("read", _read, [f"{name}.write"]),
+            ("random", _random, [f"{name}.write"]),
+            ("append", _append, []),
         ):
             measured = partial(run, peer, chunk)
             measured.__doc__ = f"{peer}, chunks of {chunk} MiB: {CLASSES[peer].__doc__}"
-            side(f"{name}.{what}", needs=needs, warm=warm, peer=peer)(measured)
+            side(f"{name}.{what}", needs=needs, peer=peer)(measured)
 
 
 _register()

@@ -6,7 +6,6 @@ import argparse
 import importlib
 import importlib.util
 import json
-import mmap
 import os
 import shutil
 import signal
@@ -17,9 +16,8 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-
 from benchmarks import peers
+from benchmarks.measure import warm
 from benchmarks.model import SIDES, Place, Skipped, sides_of
 from benchmarks.rows import CASES, case_sides
 
@@ -139,17 +137,6 @@ def _data(args: argparse.Namespace, rounds: int, found: Found) -> dict[str, Any]
 def _say(text: str) -> None:
     if sys.stderr.isatty():
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
-
-
-def warm(size: int) -> None:
-    """Touch memory: a virtual machine's first use of a host page costs several times more.
-
-    In huge pages, which come from where the page cache will take its own.
-    """
-    if size:
-        memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        memory.madvise(mmap.MADV_HUGEPAGE)
-        np.frombuffer(memory, "u1")[...] = 1
 
 
 def run(name: str, place: Place) -> dict[str, Any]:
