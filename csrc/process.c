@@ -2,6 +2,8 @@
  * process.c - what there is once in a process: starting and stopping, forks, counters. */
 #include "internal.h"
 
+#include <sys/uio.h>
+
 struct zb_globals zb_g = {.poison_fd = -1};
 __thread uint32_t zb_busy __attribute__((tls_model("initial-exec")));
 
@@ -43,16 +45,18 @@ static int make_poison(void)
     int fd = memfd_create("zbig-poison", MFD_CLOEXEC);
     if (fd < 0) return -errno;
     unsigned char page[ZB_PAGE];
+    struct iovec all[ZB_PAGES_PER_BLOCK]; /* one call for the block: it is part of how long the first view takes */
     memset(page, 0xFF, sizeof page);
-    for (size_t done = 0; done < ZB_BLOCK;) {
-        ssize_t n = write(fd, page, sizeof page);
+    for (unsigned i = 0; i < ZB_PAGES_PER_BLOCK; i++) all[i] = (struct iovec){page, sizeof page};
+    for (unsigned done = 0; done < ZB_PAGES_PER_BLOCK;) {
+        ssize_t n = pwritev(fd, all + done, (int)(ZB_PAGES_PER_BLOCK - done), (off_t)(done * ZB_PAGE));
         if (n < 0 && errno == EINTR) continue;
-        if (n <= 0) {
+        if (n < (ssize_t)ZB_PAGE) {
             int e = n < 0 ? errno : EIO;
             close(fd);
             return -e;
         }
-        done += (size_t)n;
+        done += (unsigned)((size_t)n / ZB_PAGE); /* (a page of which a part was written is written again) */
     }
     zb_g.poison_fd = fd;
     return 0;

@@ -36,6 +36,10 @@ class Leaf:
     ) -> tuple[npt.NDArray[np.void], list[Source]]:
         """The extents of [lo, hi), and their sources, numbered from `first`."""
         part = ex.clip(self.extents, lo, hi)
+        if len(part) <= ex.FEW:
+            places: dict[int, int] = {}
+            rows = [(a, b, places.setdefault(i, len(places)) + first, offset) for a, b, i, offset in part.tolist()]
+            return np.array(rows, ex.EXTENT), [source(self.refs[i]) for i in places]
         used = ex.used(part)
         mapping = np.zeros(len(self.refs), np.int64)
         mapping[used] = np.arange(len(used)) + first
@@ -97,7 +101,7 @@ class BaseMap:
                 part, more = self._leaves[index].part(lo, hi, source, len(sources))
                 parts.append(part)
                 sources += more
-        return np.concatenate(parts), sources
+        return (parts[1] if len(parts) == 2 else np.concatenate(parts, dtype=ex.EXTENT)), sources
 
     # -- loading, by the connection's thread
 

@@ -41,6 +41,11 @@ BRIDGE = 64
 
 
 def _combine(file: OpenFile) -> Changes:
+    end = file.owner.nbytes  # an old view may have written past it
+    if len(file.layers) == 1:
+        (layer,) = file.layers
+        loose = [ref is None and not layer.exact for ref in layer.refs]
+        return Changes(ex.clip(layer.extents, 0, end), list(layer.sources), list(layer.refs), loose, layer.written)
     all_ = Changes(ex.empty())
     for layer in file.layers:
         shift = np.arange(len(layer.sources)) + len(all_.sources)
@@ -49,14 +54,16 @@ def _combine(file: OpenFile) -> Changes:
         all_.refs += layer.refs
         all_.loose += [ref is None and not layer.exact for ref in layer.refs]
         all_.written = ex.union(all_.written, layer.written)
-    all_.extents = ex.clip(all_.extents, 0, file.owner.nbytes)  # an old view may have written past the end
+    all_.extents = ex.clip(all_.extents, 0, end)
     return all_
 
 
 def _trimmed(file: OpenFile, changes: Changes) -> npt.NDArray[np.void]:
-    loose = np.array(changes.loose, bool)[changes.extents["segment"]]
-    parts = [changes.extents[~loose]]
-    todo = changes.extents[loose]
+    parts: list[ex.Extents] = []
+    todo = changes.extents
+    if not all(changes.loose):
+        loose = np.array(changes.loose, bool)[changes.extents["segment"]]
+        parts, todo = [changes.extents[~loose]], changes.extents[loose]
     for lo, hi in ex.covered(todo).tolist():
         file.resolve(lo, hi)
         base, base_sources = file.content(lo, hi, base_only=True)
@@ -73,7 +80,10 @@ def _trimmed(file: OpenFile, changes: Changes) -> npt.NDArray[np.void]:
             parts.append(ex.restrict(part, unseen))
             part = ex.restrict(part, ex.subtract(ex.one_range(lo, hi), unseen))
         parts.append(trim(part, changes.sources, base, base_sources, file.owner.granule, certain))
-    joined = np.concatenate(parts)
+    if len(parts) == 1:
+        (part,) = parts
+        return part
+    joined = np.concatenate([ex.empty(), *parts], dtype=ex.EXTENT)
     return joined[np.argsort(joined["start"], kind="stable")]
 
 
@@ -196,5 +206,5 @@ def _bridged(extents: npt.NDArray[np.void], chosen: npt.NDArray[np.bool_], zeros
     small = (hi > lo) & (hi - lo <= BRIDGE)
     bridges = np.zeros(int(small.sum()), ex.EXTENT)
     bridges["start"], bridges["stop"], bridges["segment"] = lo[small], hi[small], zeros
-    joined = np.concatenate([rows, bridges])
+    joined = np.concatenate([rows, bridges], dtype=ex.EXTENT)
     return joined[np.argsort(joined["start"])]

@@ -152,12 +152,14 @@ class Mapping:
             if start >= hi:
                 return
             stop = min(window.present(start, hi), window.stop)
-            for a, b in _at_hand(owner, start, stop) if local_only else [(start, stop)]:
-                self._map_run(owner, window, epoch, a, b, local_only)
+            extents, sources = owner.content(start, stop)
+            for a, b in _at_hand(extents, sources, start, stop) if local_only else [(start, stop)]:
+                self._map_run(ex.clip(extents, a, b), sources, window, epoch, a, b, local_only)
             lo = stop
 
-    def _map_run(self, owner: Content, window: Window, epoch: int, lo: int, hi: int, eager: bool) -> None:
-        extents, sources = owner.content(lo, hi)
+    def _map_run(
+        self, extents: ex.Extents, sources: Sequence[Source], window: Window, epoch: int, lo: int, hi: int, eager: bool
+    ) -> None:
         if eager:
             upto = self._affordable(extents, sources, hi)
             extents, hi = ex.clip(extents, lo, upto), upto
@@ -243,10 +245,12 @@ class Mapping:
         return True
 
 
-def _at_hand(owner: Content, lo: int, hi: int) -> Iterator[tuple[int, int]]:
+def _at_hand(extents: ex.Extents, sources: Sequence[Source], lo: int, hi: int) -> Iterator[tuple[int, int]]:
     """The runs of blocks of [lo, hi) all of whose bytes are local."""
-    extents, sources = owner.content(lo, hi)
     far = [i for i in ex.used(extents).tolist() if not sources[i].local()]
+    if not far:
+        yield lo, hi
+        return
     remote = ex.covered(extents[among(extents["segment"], far)])
     outward: npt.NDArray[Any] = remote.copy()
     outward[:, 0] -= outward[:, 0] % BLOCK

@@ -38,6 +38,8 @@ __all__ = [
 
 INLINE_PIECE = 1 << 20
 PACKED_BYTES = 64 << 20
+#: Of so few bytes the checksums take less time than to start a thread that syncs them meanwhile.
+ALONE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +73,11 @@ class SegmentWriter:
         self.rows: list[tuple[int, int, int, int]] = []
 
     def store(self, changes: Changes) -> tuple[npt.NDArray[np.void], list[SegmentRef]]:
-        extents, sources = changes.extents, changes.sources
-        staged = np.array([r is not None for r in changes.refs], bool)[extents["segment"]]
-        self._keep(extents[staged], changes.refs)
-        rest = extents[~staged]
+        rest, sources = changes.extents, changes.sources
+        if any(r is not None for r in changes.refs):
+            staged = np.array([r is not None for r in changes.refs], bool)[rest["segment"]]
+            self._keep(rest[staged], changes.refs)
+            rest = rest[~staged]
         if self._large(rest):
             whole = among(rest["segment"], self._dense(rest, sources))
             self._whole(rest[whole], sources)
@@ -237,6 +240,10 @@ def store_files(file: OpenFile | None, target: Target, files: Sequence[FileSourc
 
 def seal(files: Sequence[FileSource]) -> list[int]:
     """Make files durable, and return their checksums."""
+    if sum(source.length for source in files) <= ALONE:
+        for source in files:
+            _sync(source)
+        return [_file_checksum(source) for source in files]
     with ThreadPoolExecutor(1, "zbig-sync") as pool:
         syncs = [pool.submit(_sync, source) for source in files]
         sums = [_file_checksum(source) for source in files]  # while the disk is busy

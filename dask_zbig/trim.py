@@ -140,11 +140,27 @@ def _edges(differing: Callable[[int, int], ex.Ranges], start: int, stop: int) ->
     return np.concatenate([*parts, ex.one_range(lo, hi)])
 
 
+def _one_run(new: bytes, old: bytearray, at: int, granule: int) -> ex.Ranges | None:
+    """As `_differing`, where one run of whole elements has changed, as by most small commits; else perhaps None."""
+    if granule not in (1, 2, 4, 8) or at % granule or len(new) % granule:
+        return None
+    word = f"u{granule}"
+    changed = np.flatnonzero(np.frombuffer(new, word) != np.frombuffer(old, word))
+    first, last = int(changed[0]), int(changed[-1])
+    if last - first >= len(changed):
+        return None
+    return ex.one_range(at + first * granule, at + (last + 1) * granule)
+
+
 def _differing(new: bytes, old: bytearray, at: int, granule: int, certain: Sequence[tuple[int, int]] = ()) -> ex.Ranges:
     """Ranges of the elements, clipped to these bytes, in which some byte differs, or that are `certain`; sorted."""
     certain = [(max(lo - at, 0), min(hi - at, len(new))) for lo, hi in certain if lo < at + len(new) and hi > at]
-    if new == old and not certain:
-        return ex.no_ranges()
+    if not certain:
+        if new == old:
+            return ex.no_ranges()
+        few = _one_run(new, old, at, granule)
+        if few is not None:
+            return few
     first_item = at // granule
     head = at - first_item * granule
     items = -(-(head + len(new)) // granule)

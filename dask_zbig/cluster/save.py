@@ -122,7 +122,7 @@ class StagedSave:
     def ranges(self, shift: int = 0) -> ex.Ranges:
         """The bytes of the array that it changes."""
         parts = [np.frombuffer(m.extents, ex.EXTENT) for m in self.manifests]
-        rows = np.concatenate([ex.empty(), *parts])
+        rows = np.concatenate([ex.empty(), *parts], dtype=ex.EXTENT)
         return ex.covered(np.sort(rows, order="start")) + np.uint64(shift)
 
 

@@ -61,12 +61,11 @@ def ensure_loaders() -> None:
         if _collecting not in gc.callbacks:
             gc.callbacks.append(_collecting)
         _loaders.clear()  # those of the process that we were forked from
-        for k in range(THREADS):
-            _start_native(f"zbig-loader-{k}")
+        _start_native(0)
         _pid = os.getpid()
 
 
-def _start_native(name: str) -> None:
+def _start_native(number: int) -> None:
     """Start a loader in a thread of the kernel's own.
 
     Where gevent has put greenlets in the place of threads, a loader that was one of those would never run: whoever
@@ -74,12 +73,16 @@ def _start_native(name: str) -> None:
     """
     gevent = sys.modules.get("gevent.monkey")
     if gevent is not None and gevent.is_module_patched("threading"):
-        gevent.get_original("_thread", "start_new_thread")(_run, ())
+        gevent.get_original("_thread", "start_new_thread")(_run, (number,))
     else:
-        threading.Thread(target=_run, name=name, daemon=True).start()
+        threading.Thread(target=_run, args=(number,), name=f"zbig-loader-{number}", daemon=True).start()
 
 
-def _run() -> None:
+def _run(number: int) -> None:
+    if number == 0:  # the others are its to start: the first view need not wait for all of them
+        with contextlib.suppress(RuntimeError):  # no more threads to be had, or the interpreter ends: one is enough
+            for k in range(1, THREADS):
+                _start_native(k)
     request = ffi.new("zb_request *")
     _loaders.add(ctypes.pythonapi.PyThread_get_thread_ident())  # (threading's would be the greenlet's)
     while lib.zb_request_next(request) == 0:

@@ -51,10 +51,9 @@ def to_join(
     """
     if len(refs) < WIDTH:
         return []
-    sizes = np.zeros(len(refs), np.int64)
-    np.add.at(sizes, extents["segment"], (extents["stop"] - extents["start"]).astype(np.int64))
+    sizes = np.bincount(extents["segment"], extents["stop"] - extents["start"], len(refs))
     tiers: dict[int, list[int]] = {}
-    for i, size in enumerate(sizes.tolist()):
+    for i, size in enumerate(sizes.astype(np.int64).tolist()):
         done = DONE_INLINE if refs[i].inline or not blobs else DONE
         if size < done and (blobs or refs[i].inline or 2 * size < refs[i].length):
             tiers.setdefault(_tier(size), []).append(i)

@@ -67,8 +67,9 @@ class LeafState:
         fields = unpack_state(leaf, state, 5) if rows else unpack_state(leaf, state, 2, version=LEAF_VERSION)
         try:
             extents, segments, move, objects = _of_rows(*fields) if rows else _of_table(*fields)
-            if np.any(move.rows["start"] >= move.rows["stop"]) or np.any(
-                move.rows["start"][1:] < move.rows["stop"][:-1]
+            moved = move.rows
+            if len(moved) and (
+                np.any(moved["start"] >= moved["stop"]) or np.any(moved["start"][1:] < moved["stop"][:-1])
             ):
                 raise FormatError("notes a move of bytes that are not sorted and disjoint")
             lo = int(extents["start"][0]) // LEAF_BYTES * LEAF_BYTES if len(extents) else 0

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -163,6 +163,8 @@ class ExtentLeaf(_Watched):
     def splice(self, new: ex.Extents, refs: Sequence[SegmentRef]) -> None:
         """Put `new` extents, whose segment indices are into `refs`, over what is there."""
         keys = {r.key: i for i, r in enumerate(self.refs)}
+        if len(new) == 1 and self._put_one(new, refs, keys):
+            return
         table = list(self.refs)
         mapping = np.zeros(len(refs), np.int64)
         for i in ex.used(new).tolist():
@@ -173,6 +175,25 @@ class ExtentLeaf(_Watched):
             mapping[i] = index
         self.move = self.move.older()
         self._replace(ex.splice(self.extents, ex.renumber(new, mapping)), table)
+
+    def _put_one(self, new: ex.Extents, refs: Sequence[SegmentRef], keys: Container[Any]) -> bool:
+        """`splice`, where one extent of a new segment comes in and no segment goes: most small commits. Or False."""
+        start, stop, number, offset = new[0].item()
+        ref = refs[number]
+        if ref.key in keys:
+            return False
+        spliced = ex.splice(self.extents, ex.make([(start, stop, len(self.refs), offset)]))
+        segments, at = spliced["segment"], int(spliced["start"].searchsorted(start))
+        if not all((segments == s).any() for s in ex.used(ex.clip(self.extents, start, stop)).tolist()):
+            return False
+        # Numbered by first appearance, as `_replace` does: if the others are.
+        place = int(segments[:at].max()) + 1 if at else 0
+        segments += segments >= place
+        segments[at] = place
+        self.move = self.move.older()
+        self.extents = spliced
+        self.refs = (*self.refs[:place], ref, *self.refs[place:])
+        return True
 
     def cut(self, lo: int, hi: int) -> None:
         """Make [lo, hi) a hole."""

@@ -47,6 +47,14 @@ def ranges(draw):
     return frozen(np.array(pairs, np.uint64).reshape(-1, 2))
 
 
+@pytest.fixture(autouse=True, scope="module", params=[0, ex.FEW])
+def few(request):
+    """There are two ways to do most things, of which one is for few rows. All of the tests are for both."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ex, "FEW", request.param)
+        yield
+
+
 keys = st.lists(st.sampled_from("uvwxyz"), min_size=SEGMENTS, max_size=SEGMENTS)
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from dask_zbig.errors import FormatError
 from dask_zbig.storage import extents as ex
+from dask_zbig.storage import packing
 from dask_zbig.storage.format import LEAF_BYTES
 from dask_zbig.storage.packing import MOVED, SEGMENT, pack, unpack
 
@@ -74,6 +75,37 @@ def test_junk(table, data):
         return
     assert len(segments) == count
     assert not len(extents) or int(extents["segment"].max()) < count
+
+
+@pytest.mark.parametrize("few", [0, packing.FEW])
+@given(tables(), st.data())
+def test_few_and_many_are_packed_alike(few, table, data):
+    """There are two ways to do it, of which one is faster for few rows: one writes what the other reads, junk too."""
+    junk = bytearray(pack(*table))
+    for _ in range(data.draw(st.integers(0, 3))):
+        junk[data.draw(st.integers(0, len(junk) - 1))] = data.draw(st.integers(0, 255))
+    columns = data.draw(st.binary(min_size=200, max_size=200))  # compressed junk would hardly ever be read
+    n, count = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 6))
+
+    def all_of_it():
+        yield pack(*table)
+        yield outcome(lambda: unpack(bytes(junk), len(table[1])))
+        yield outcome(lambda: packing._unpack_many(columns, n, count, 0))
+        yield outcome(lambda: packing._unpack_few(columns, n, count, 0))
+
+    as_it_is = list(all_of_it())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "FEW", few)
+        patch.setattr(ex, "FEW", few)
+        assert list(all_of_it()) == as_it_is
+    assert as_it_is[2] == as_it_is[3]
+
+
+def outcome(call):
+    try:
+        return [x.tolist() if isinstance(x, np.ndarray) else x for x in call()]
+    except FormatError as error:
+        return str(error)
 
 
 def test_nothing():
