@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from benchmarks.bulk import ELEMENTS
-from benchmarks.measure import Tree, check, discard, fill, source, sync_file
+from benchmarks.measure import Tree, check, discard, fill, reread, source, sync_file
 from benchmarks.model import Place, side
 
 __all__ = ["VARIANTS", "Store", "open_store"]
@@ -216,6 +216,7 @@ def _write(peer: str, chunk: int, place: Place) -> dict[str, Any]:
 def _read(peer: str, chunk: int, place: Place) -> dict[str, Any]:
     store = open_store(peer, place.path(f"{peer}-{chunk}"))
     n, total = place.mib << 17, 0.0
+    reread(place.path(f"{peer}-{chunk}"))
     start = time.perf_counter()
     for at in range(0, n, len(source())):  # piece by piece, which is faster than all at once
         total += float(store.get(at, at + (8 << 20)).sum())
