@@ -27,11 +27,12 @@ static int map_pieces(zb_window *w, cursor *c, uint64_t lo, uint64_t hi)
     return 0;
 }
 
-/* Whether the block at `at` is a hole as a whole, by the pieces from c->i on. */
-static bool hole_at(const cursor *c, size_t *i, uint64_t at)
+/* How many blocks from `at` on are holes as a whole, by the piece that has `at`: from number *i on. */
+static uint64_t holes_at(const cursor *c, size_t *i, uint64_t at)
 {
     while (*i < c->n && c->pieces[*i].stop <= at) ++*i;
-    return *i < c->n && c->pieces[*i].fd < 0 && c->pieces[*i].start <= at && c->pieces[*i].stop >= at + ZB_BLOCK;
+    bool hole = *i < c->n && c->pieces[*i].fd < 0 && c->pieces[*i].start <= at;
+    return hole ? (c->pieces[*i].stop - at) / ZB_BLOCK : 0;
 }
 
 /* Map the blocks [b, end) of the window, all unfilled; only a single one may have dirty pages. */
@@ -54,9 +55,11 @@ static int fill_run(zb_window *w, cursor *c, uint64_t b, uint64_t end)
             if (r) zb_map_none(zb_address(w, at + p * ZB_PAGE), (q - p) * ZB_PAGE);
         }
     }
-    for (; b < end; b++, at += ZB_BLOCK) {
-        int kind = r ? ZB_ABSENT : hole_at(c, &i, at) ? ZB_HOLE : ZB_CLEAN;
-        w->table[b] = ZB_ENTRY(ZB_SLOT(w->table[b]), kind);
+    for (uint64_t n; b < end; b += n, at += n * ZB_BLOCK) { /* a hole may be of very many blocks */
+        uint64_t holes = r ? 0 : holes_at(c, &i, at);
+        uint32_t kind = r ? ZB_ABSENT : holes ? ZB_HOLE : ZB_CLEAN;
+        n = !holes ? 1 : holes < end - b ? holes : end - b;
+        for (uint64_t k = b; k < b + n; k++) w->table[k] = ZB_ENTRY(ZB_SLOT(w->table[k]), kind);
     }
     return r;
 }
@@ -151,11 +154,23 @@ int zb_remap(zb_space *s, const zb_piece *pieces, size_t n)
     return r;
 }
 
+#define STRIDE 16u
+
+/* Whether not one of STRIDE entries is (un)filled, as is wanted. Compilers make vectors of this. */
+static bool none_of(const uint32_t *table, bool want_unfilled)
+{
+    uint32_t flip = want_unfilled ? 0 : UINT32_MAX, found = 0;
+    for (unsigned k = 0; k < STRIDE; k++) found |= ~(table[k] ^ flip) & ZB_FILLED;
+    return !found;
+}
+
 static uint64_t scan(zb_window *w, uint64_t lo, uint64_t hi, bool want_unfilled)
 {
     uint64_t b = (lo - w->start) / ZB_BLOCK, end = (hi - w->start + ZB_BLOCK - 1) / ZB_BLOCK;
+    if (end > w->blocks) end = w->blocks;
     zb_lock(&w->space->lock);
-    while (b < end && b < w->blocks && zb_unfilled(w->table[b]) != want_unfilled) b++;
+    while (b + STRIDE <= end && none_of(w->table + b, want_unfilled)) b += STRIDE;
+    while (b < end && zb_unfilled(w->table[b]) != want_unfilled) b++;
     zb_unlock(&w->space->lock);
     return w->start + b * ZB_BLOCK;
 }

@@ -68,6 +68,7 @@ ZB_IN_HANDLER static inline void zb_unlock(zb_mutex *m)
 /* A window's table has one entry a block: the kind in the low two bits, above them the slot number plus one of
  * the block's dirty pages in the current generation, or 0. */
 enum { ZB_ABSENT, ZB_FILLING, ZB_HOLE, ZB_CLEAN };
+#define ZB_FILLED 2u /* the bit of the latter two */
 #define ZB_KIND(e) ((e) & 3u)
 #define ZB_SLOT(e) ((e) >> 2)
 #define ZB_ENTRY(slot, kind) ((uint32_t)(slot) << 2 | (uint32_t)(kind))
@@ -160,7 +161,7 @@ ZB_IN_HANDLER static inline int zb_map_none(char *at, size_t len)
 }
 ZB_IN_HANDLER static inline bool zb_unfilled(uint32_t e)
 {
-    return ZB_KIND(e) == ZB_ABSENT || ZB_KIND(e) == ZB_FILLING;
+    return !(e & ZB_FILLED);
 }
 /* Whether the window has this block (which is counted from the space's first byte), as its own number *b. */
 ZB_IN_HANDLER static inline bool zb_has_block(const zb_window *w, uint64_t block, uint64_t *b)

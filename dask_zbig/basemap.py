@@ -7,9 +7,10 @@ objects are held and watched, so that an invalidation drops exactly the copies t
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -83,6 +84,13 @@ class BaseMap:
         with self._lock:
             return self._leaves.get(index, HOLE)
 
+    def refs(self, lo: int, hi: int) -> list[SegmentRef]:
+        """The segments of which bytes are known to be in [lo, hi)."""
+        first, last = lo // LEAF_BYTES, -(-hi // LEAF_BYTES)
+        with self._lock:
+            leaves = [leaf for i, leaf in self._leaves.items() if first <= i < last]
+        return [leaf.refs[i] for leaf in leaves for i in ex.used(ex.clip(leaf.extents, lo, hi)).tolist()]
+
     def extents(
         self, lo: int, hi: int, source: Callable[[SegmentRef], Source]
     ) -> tuple[npt.NDArray[np.void], list[Source]]:
@@ -114,7 +122,9 @@ class BaseMap:
             load(self._file)  # (to ask a ghost for a method loads it, with whatever error that may be)
             for node, start, stop in self._file.nodes(a, b):
                 self._watch(node, start, stop)
-            for index, leaf in self._file.leaves(a, b):
+            leaves = list(islice(self._file.leaves(a, b), None if bound is None else bound - count + 1))
+            _expect(self._file, leaves)
+            for index, leaf in leaves:
                 at = index * LEAF_BYTES
                 if bound is not None and count >= bound:
                     self._learn(a, at)
@@ -185,6 +195,13 @@ class BaseMap:
             known = ex.intersect(self._known, ex.one_range(first * LEAF_BYTES, stop * LEAF_BYTES))
             self._known = ex.subtract(self._known, known)
             return {i: self._leaves.pop(i) for i in gone}, known
+
+
+def _expect(file: ZBigFile, leaves: Sequence[tuple[int, Any]]) -> None:
+    """Leaves are going to be loaded: a server may be asked for all of them before it has answered for the first."""
+    ghosts = [leaf for _, leaf in leaves if leaf._p_changed is None]
+    if len(ghosts) > 1:
+        file._p_jar.prefetch(ghosts)
 
 
 def _leaf_range(lo: int, hi: int) -> npt.NDArray[np.uint64]:

@@ -199,6 +199,7 @@ class OpenFile:
         while True:
             try:
                 upto = self.resolve(lo, hi, EAGER_LEAVES if local_only else None)
+                self._expect(lo, min(upto, hi))
                 self.mapping.map(self, lo, min(upto, hi), local_only)
                 return
             except StaleFill:
@@ -227,7 +228,13 @@ class OpenFile:
         self._resolve_elsewhere(lo, hi)
         if recheck:
             self.recheck(lo, hi)
+        self._expect(lo, hi)
         self.mapping.map(self, lo, hi, False)
+
+    def _expect(self, lo: int, hi: int) -> None:
+        reader = self.reader  # (another thread may close the connection)
+        if reader is not None and reader.expects:
+            reader.expect(self._base.refs(lo, hi))
 
     def recheck(self, lo: int, hi: int) -> None:
         """Raise `LoadError` if a file that bytes of [lo, hi) come from is shorter than it was."""

@@ -21,7 +21,7 @@ from dask_zbig.storage.format import LEAF_BYTES, LEAF_VERSION, VERSION, name_of,
 from dask_zbig.storage.packing import MOVED, SEGMENT, pack, unpack
 from dask_zbig.storage.segment import SegmentRef
 
-__all__ = ["KEEP_MOVE", "MOVED", "NOT_MOVED", "LeafState", "Move", "merge_leaves"]
+__all__ = ["KEEP_MOVE", "MOVED", "NOTHING", "NOT_MOVED", "LeafState", "Move", "merge_leaves"]
 
 #: For so many commits of its leaf a move is noted. Who began before them conflicts, if it wrote over what was joined.
 KEEP_MOVE = 8
@@ -106,6 +106,9 @@ class LeafState:
             keys + [(oid.ljust(8, b"\0"), None) for oid in origins],  # NumPy drops trailing zeros
         )
 
+
+#: What an empty leaf is stored as.
+NOTHING = (LEAF_VERSION, b"", ())
 
 _Tables: TypeAlias = "tuple[ex.Extents, npt.NDArray[np.void], Move, tuple[Any, ...]]"
 

@@ -12,7 +12,7 @@ import os
 import stat
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,7 +23,7 @@ from ZODB._compat import PersistentUnpickler
 from ZODB.blob import Blob
 from ZODB.interfaces import IMVCCStorage
 from ZODB.POSException import POSKeyError
-from ZODB.utils import load_current
+from ZODB.utils import load_current, maxtid
 
 from dask_zbig.descriptors import Descriptor, Reopened, close_unused
 from dask_zbig.errors import LoadError, ZBigError
@@ -45,6 +45,8 @@ __all__ = [
 #: A segment gets another revision only when its creation is undone, and when that is undone: we look at this many.
 REVISIONS = 16
 _STEP = 8 << 20
+#: So many objects are asked for ahead at once.
+AHEAD = 4096
 #: A blob that came damaged is fetched again: a server that is restarted may spoil several downloads in a row.
 _DOWNLOADS = 4
 
@@ -82,7 +84,7 @@ class SegmentRef:
     @property
     def key(self) -> Any:
         """What tells segments apart: the oid, or the object itself before it has one."""
-        oid = self.obj._p_oid if isinstance(self.obj, Persistent) else self.obj.oid
+        oid = _oid(self)
         return oid if oid is not None else id(self.obj)
 
     @property
@@ -94,6 +96,12 @@ class SegmentRef:
 #: A segment's oid, length and checksum. An oid is not enough: once its object was packed away, and the server was
 #: restarted, some storages give it to another one.
 _Identity = tuple[bytes, int, int]
+
+
+def _oid(ref: SegmentRef) -> bytes | None:
+    """None before it is stored."""
+    oid: bytes | None = ref.obj._p_oid if isinstance(ref.obj, Persistent) else ref.obj.oid
+    return oid
 
 
 def checksum(data: Any) -> int:
@@ -249,6 +257,11 @@ class SegmentSource:
     def in_file(self) -> bool:
         return not self._inline
 
+    @property
+    def loaded(self) -> bool:
+        """Whether its record has been read: all of it, if it is inline."""
+        return self._data is not None
+
     def local(self) -> bool:
         if self._inline or self._file.opened is not None:
             return True  # (an inline segment is one small load away, by which time its leaf has been loaded)
@@ -288,13 +301,15 @@ class SegmentReader:
         self._native = bool(IMVCCStorage.providedBy(storage))
         self._storage = storage.new_instance() if self._native else storage
         self._serial = threading.RLock() if self._native else None
+        #: Whether it is of use to tell it what is going to be read.
+        self.expects = not self._native and hasattr(storage, "prefetch")
         self._sources: weakref.WeakValueDictionary[_Identity, SegmentSource] = weakref.WeakValueDictionary()
         self._serials: dict[_Identity, bytes] = {}
         self._verified: set[_Identity] = set()
 
     def source(self, ref: SegmentRef) -> SegmentSource:
         """The source of a committed segment; one per segment while anybody uses it."""
-        oid = ref.obj._p_oid if isinstance(ref.obj, Persistent) else ref.obj.oid
+        oid = _oid(ref)
         if oid is None:
             raise LoadError(f"a segment of {ref.length} bytes was never committed")
         identity = (oid, ref.length, ref.checksum)
@@ -302,6 +317,22 @@ class SegmentReader:
         if source is None:
             source = self._sources.setdefault(identity, SegmentSource(self, oid, ref))
         return source
+
+    def expect(self, refs: Iterable[SegmentRef]) -> None:
+        """Segments are going to be read: a server may be asked for them before it has answered for the first."""
+        oids = []
+        for ref in refs:
+            oid = _oid(ref)
+            source = self._sources.get((oid, ref.length, ref.checksum)) if oid is not None else None
+            if (
+                oid is None
+                or (oid, ref.length, ref.checksum) in self._serials
+                or (source is not None and source.loaded)
+            ):
+                continue
+            oids.append(oid)
+        if len(oids) > 1:
+            self._storage.prefetch(oids[:AHEAD], maxtid)
 
     def _call(self, method: Any, *args: Any) -> Any:
         if self._serial is None:

@@ -24,7 +24,7 @@ from dask_zbig.distinct import first_of_each
 from dask_zbig.errors import FormatError, ZBigError
 from dask_zbig.storage import extents as ex
 from dask_zbig.storage.format import FANOUT, LEAF_BYTES, MAX_DEPTH, VERSION, broken, name_of, unpack_state
-from dask_zbig.storage.leafstate import MOVED, NOT_MOVED, LeafState, Move, merge_leaves
+from dask_zbig.storage.leafstate import MOVED, NOT_MOVED, NOTHING, LeafState, Move, merge_leaves
 from dask_zbig.storage.segment import GoneError, InlineSegment, SegmentRef
 
 __all__ = [
@@ -154,6 +154,9 @@ class ExtentLeaf(_Watched):
         return LeafState(self.extents, self.refs, self.move).pack()
 
     def __setstate__(self, state: Any) -> None:
+        if state == NOTHING:  # of those that a resize made ahead there are many
+            self.extents, self.refs, self.move = ex.empty(), (), NOT_MOVED
+            return
         loaded = LeafState.unpack(self, state)
         for ref in loaded.refs:
             if not isinstance(ref.obj, (InlineSegment, Blob)):

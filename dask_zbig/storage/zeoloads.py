@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from ZEO.ClientStorage import ClientStorage
@@ -16,6 +17,12 @@ from dask_zbig.config import get
 __all__ = ["Loads"]
 
 _LOOK = 0.5  # seconds between looks at whether it is worth waiting on
+
+
+def _look(answered: Any) -> None:
+    """Look at the error of what nobody waits for."""
+    with contextlib.suppress(asyncio.CancelledError):
+        answered.exception()
 
 
 class Loads(ClientStorage):  # type: ignore[misc]  # ZEO ships no types
@@ -59,18 +66,32 @@ class Loads(ClientStorage):  # type: ignore[misc]  # ZEO ships no types
 
     def _forget(self, future: Any) -> None:
         """Nobody waits for its answer any more. Its error, if nobody looked at it, would be logged when it is freed."""
-
-        def look(answered: Any) -> None:
-            with contextlib.suppress(asyncio.CancelledError):
-                answered.exception()
-
         with contextlib.suppress(RuntimeError):  # the loop is closed
-            self._server.loop.call_soon_threadsafe(future.add_done_callback, look)
+            self._server.loop.call_soon_threadsafe(future.add_done_callback, _look)
 
     def loadBefore(self, oid: bytes, tid: bytes) -> Any:  # noqa: N802 - ZODB's name
         """The record of an object as of before `tid`."""
         found = self._cache.loadBefore(oid, tid)
         return found or self._answer(self._server.load_before_co(oid, tid, self._server.timeout))
+
+    def prefetch(self, oids: Iterable[bytes], tid: bytes) -> None:
+        """Ask for objects of which each is going to be loaded now: the loads will find their answers on the way.
+
+        What goes wrong is for those to tell, while ZEO's own would log it as an error.
+        """
+        coroutine = self._expect(tuple(oids), tid)
+        try:
+            self._server.io_call(coroutine, wait=False)
+        except (ClientDisconnected, RuntimeError):  # it is closed
+            coroutine.close()
+
+    async def _expect(self, oids: Iterable[bytes], tid: bytes) -> None:
+        client = self._server.client
+        if not client.operational:
+            return
+        for oid in oids:
+            if client.cache.loadBefore(oid, tid) is None:
+                client.protocol.load_before(oid, tid).add_done_callback(_look)
 
     def loadBlob(self, oid: bytes, serial: bytes) -> Any:  # noqa: N802 - ZODB's name
         """The path of a blob's file."""

@@ -14,6 +14,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import transaction
+from ZEO.asyncio.client import Protocol
 
 import dask_zbig as dz
 from dask_zbig.memory._native import counters
@@ -109,6 +110,43 @@ def test_reading_what_is_local_takes_no_fault_over_zeo(tmp_path):
         with connected(uri) as (_, root, _), counting() as count:
             assert root["A"][:].min() == 7
         assert (count["read_faults"], count["waits"]) == (0, 0)
+
+
+def test_what_a_view_needs_is_asked_for_at_once(tmp_path, monkeypatch):
+    """The leaves, and then the segments: not each when the one before has come. And each once."""
+    leaves = 8
+    together, sent = set(), []
+    load_before, call_sync = Protocol.load_before, Protocol.call_sync
+
+    def counted(self, oid, tid):
+        try:
+            return load_before(self, oid, tid)
+        finally:
+            waiting = {key[0] for key in self.futures if isinstance(key, tuple)}
+            if len(waiting) >= leaves:
+                together.update(waiting)
+
+    def noted(self, method, args, *more):
+        if method == "loadBefore":
+            sent.append(args[0])
+        return call_sync(self, method, args, *more)
+
+    with dz.serve(tmp_path / "x.fs") as uri:
+        with connected(uri) as (_, root, manager):
+            root["A"] = A = dz.ZBigArray(leaves * 64 * MIB, "u1")
+            for k in range(leaves):
+                A[k * 64 * MIB : k * 64 * MIB + MIB] = 7
+                manager.commit()
+        with connected(uri) as (_, root, manager):
+            A = root["A"]
+            assert A.shape
+            monkeypatch.setattr(Protocol, "load_before", counted)
+            monkeypatch.setattr(Protocol, "call_sync", noted)
+            view = A[:]
+            assert len(together) >= 2 * leaves
+            assert max(Counter(sent).values()) == 1
+            assert len(sent) <= 2 * leaves + 4
+            assert int(view.sum(dtype="i8")) == 7 * leaves * MIB
 
 
 def test_a_hot_slice_fills_nothing(tmp_path, monkeypatch):
