@@ -194,6 +194,14 @@ uint64_t zb_present(zb_window *w, uint64_t lo, uint64_t hi)
     return scan(w, lo, hi, false);
 }
 
+int zb_ready(zb_window *w, uint64_t lo, uint64_t hi)
+{
+    int r = zb_handlers();
+    if (r) return r;
+    if (w->space->forked) return 0;
+    return scan(w, lo, hi, true) >= hi;
+}
+
 int zb_release(zb_window *w)
 {
     int r = 0;

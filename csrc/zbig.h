@@ -161,6 +161,10 @@ ZB_API int zb_remap(zb_space *s, const zb_piece *pieces, size_t n);
 ZB_API uint64_t zb_absent(zb_window *w, uint64_t lo, uint64_t hi);
 /** The first block of [lo, hi) that is neither absent nor filling, in the same way. */
 ZB_API uint64_t zb_present(zb_window *w, uint64_t lo, uint64_t hi);
+/** Whether an access to [lo, hi) can be served, and needs no loader: 1 if all of it is filled and the handlers are in
+ *  place, which this sees to (see zb_handlers()); 0 if not, or in a forked child. In one call, for what is done for every
+ *  element that Python asks for. */
+ZB_API int zb_ready(zb_window *w, uint64_t lo, uint64_t hi);
 /** Give the pages of clean mappings back to the kernel (they stay in the page cache and mapped). */
 ZB_API int zb_release(zb_window *w);
 

@@ -63,6 +63,7 @@ int zb_lost(zb_window *w, int error);
 int zb_remap(zb_space *s, const zb_piece *pieces, size_t n);
 uint64_t zb_absent(zb_window *w, uint64_t lo, uint64_t hi);
 uint64_t zb_present(zb_window *w, uint64_t lo, uint64_t hi);
+int zb_ready(zb_window *w, uint64_t lo, uint64_t hi);
 int zb_release(zb_window *w);
 
 int zb_drop(zb_space *s, uint64_t lo, uint64_t hi, unsigned flags);

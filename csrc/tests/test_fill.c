@@ -174,6 +174,9 @@ static void absent_scan(void)
     CHECK_EQ(zb_absent(w, 0, 3 * B), 3 * B);
     CHECK_EQ(zb_absent(w, 0, B + 1), 2 * B);
     CHECK_EQ(zb_absent(w, 0, 3 * B + 1), 3 * B);
+    CHECK_EQ(zb_ready(w, 0, 3 * B), 1);
+    CHECK_EQ(zb_ready(w, 2 * B + 17, 3 * B), 1);
+    CHECK_EQ(zb_ready(w, 0, 3 * B + 1), 0);
     end();
 }
 

@@ -7,12 +7,11 @@ plain slice or a tuple of integers needs only a look at whether its bytes are ma
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import numpy as np
 
-from dask_zbig.memory._native import check, ffi, lib
+from dask_zbig.memory._native import ffi
 from dask_zbig.memory.space import Window
 
 __all__ = ["FastPath"]
@@ -24,7 +23,7 @@ class FastPath:
     Its methods return None, or False, where the long way must be gone: for what is out of bounds, empty, or not mapped.
     """
 
-    __slots__ = ("_all", "_dtype", "_n", "_one", "_pid", "_rest", "_row", "_strides", "_writeable", "window")
+    __slots__ = ("_all", "_dtype", "_n", "_one", "_rest", "_row", "_strides", "_writeable", "window")
 
     def __init__(self, window: Window, shape: tuple[int, ...], dtype: np.dtype[Any], writeable: bool) -> None:
         self.window: Window | None = window  # which keeps the memory
@@ -40,7 +39,6 @@ class FastPath:
             self._one = 0
         self._dtype = dtype
         self._writeable = writeable
-        self._pid = os.getpid()
 
     def cut(self) -> None:
         """It is no way any more."""
@@ -55,7 +53,7 @@ class FastPath:
             return None
         lo = i * self._row
         hi = lo + self._row
-        if not self._is_here(window, lo, hi):
+        if not window.ready(lo, hi):
             return None
         if self._rest:
             return window.at(lo, hi, self._rest, self._dtype, self._writeable)
@@ -67,7 +65,7 @@ class FastPath:
         start, stop, step = index.indices(self._n)
         lo = start * self._row
         hi = stop * self._row
-        if window is None or step != 1 or hi <= lo or not self._is_here(window, lo, hi):
+        if window is None or step != 1 or hi <= lo or not window.ready(lo, hi):
             return None
         return window.at(lo, hi, (stop - start, *self._rest), self._dtype, self._writeable)
 
@@ -75,7 +73,7 @@ class FastPath:
         """``array[index]`` of integers, one for each axis, or None: a scalar."""
         window = self.window
         lo = self._place(index)
-        if window is None or lo < 0 or not self._is_here(window, lo, lo + self._one):
+        if window is None or lo < 0 or not window.ready(lo, lo + self._one):
             return None
         return self._all[index]
 
@@ -83,15 +81,10 @@ class FastPath:
         """``array[index] = value`` for such an index, or False. (A page that is clean makes itself dirty.)"""
         window = self.window
         lo = self._place(index)
-        if window is None or lo < 0 or not self._is_here(window, lo, lo + self._one):
+        if window is None or lo < 0 or not window.ready(lo, lo + self._one):
             return False
         self._all[index] = value
         return True
-
-    def _is_here(self, window: Window, lo: int, hi: int) -> bool:
-        """Whether bytes are mapped. Sees to it that an access can be served, as every use of an array does."""
-        check(lib.zb_handlers(), "install the SIGSEGV handler")
-        return window.absent(lo, hi) >= hi and os.getpid() == self._pid
 
     def _place(self, index: tuple[Any, ...]) -> int:
         """Where the element lies, or -1."""

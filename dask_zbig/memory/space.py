@@ -68,7 +68,7 @@ def place_of(view: npt.NDArray[Any]) -> tuple[Space, int] | None:
     if not isinstance(base, _Lease):
         return None
     address: int = view.__array_interface__["data"][0]
-    return base.window.space, address - base.address + base.window.start
+    return base.window.space, address - base.window.address + base.window.start
 
 
 def find_space(number: int) -> Space | None:
@@ -82,7 +82,9 @@ class Window:
     Use `view` to get arrays. Thread-safe.
     """
 
-    __slots__ = ("__weakref__", "_bases", "_handle", "_lease", "_seen", "length", "space", "start")
+    __slots__ = (
+        "__weakref__", "_bases", "_handle", "_lease", "_memory", "_seen", "address", "length", "space", "start",
+    )  # fmt: skip
 
     def __init__(self, space: Space, start_: int, length: int) -> None:
         out = ffi.new("zb_window **")
@@ -92,6 +94,9 @@ class Window:
         self.space = space
         self.start = start_
         self.length = -(-length // BLOCK) * BLOCK
+        #: Of its first byte.
+        self.address = int(ffi.cast("uintptr_t", lib.zb_window_base(self._handle)))
+        self._memory = {"version": 3, "data": (self.address, False), "typestr": "|u1", "shape": (self.length,)}
         self._lease: weakref.ref[_Lease] | None = None
         self._bases: list[weakref.ref[npt.NDArray[np.uint8]] | None] = [None, None]  # read-only, writeable
         self._seen = 0  # bytes that views were made of since pages were given back
@@ -102,11 +107,6 @@ class Window:
     def stop(self) -> int:
         """Position after the window's last byte."""
         return self.start + self.length
-
-    @property
-    def address(self) -> int:
-        """Of its first byte."""
-        return int(ffi.cast("uintptr_t", lib.zb_window_base(self._handle)))
 
     def view(
         self,
@@ -158,6 +158,12 @@ class Window:
         """The position of the first absent block of [lo, hi), or something >= hi."""
         return int(lib.zb_absent(self._handle, lo, hi))
 
+    def ready(self, lo: int, hi: int) -> bool:
+        """Whether an access to [lo, hi) can be served and needs no loader; in a forked child, none can."""
+        result = lib.zb_ready(self._handle, lo, hi)
+        check(result, "install the SIGSEGV handler")
+        return bool(result)
+
     def present(self, lo: int, hi: int) -> int:
         """The position of the first block of [lo, hi) that is filled, or something >= hi."""
         return int(lib.zb_present(self._handle, lo, hi))
@@ -198,16 +204,11 @@ class Window:
 class _Lease:
     """The base of views: while one lives, its lease does, and so does the window."""
 
-    __slots__ = ("__weakref__", "_length", "address", "window")
+    __slots__ = ("__array_interface__", "__weakref__", "window")
 
     def __init__(self, window: Window) -> None:
         self.window = window
-        self.address = window.address
-        self._length = window.length
-
-    @property
-    def __array_interface__(self) -> dict[str, Any]:
-        return {"version": 3, "data": (self.address, False), "typestr": "|u1", "shape": (self._length,)}
+        self.__array_interface__ = window._memory
 
     def array(self, writeable: bool) -> npt.NDArray[np.uint8]:
         array = np.asarray(self)
