@@ -136,8 +136,10 @@ class BaseMap:
 
     def adopt(self, index: int, leaf: Any) -> None:
         """Take a leaf's present content, and watch it."""
+        known = index in self._leaves
         self._take(index, leaf)
-        self._learn(index * LEAF_BYTES, (index + 1) * LEAF_BYTES)
+        if not known:
+            self._learn(index * LEAF_BYTES, (index + 1) * LEAF_BYTES)
 
     def _take(self, index: int, leaf: Any) -> None:
         checked(leaf, index)  # loads it

@@ -223,20 +223,19 @@ class Mapping:
 
     # -- moving
 
-    def move(self, extents: ex.Extents, sources: Sequence[Source]) -> bool:
+    def move(self, extents: Sequence[tuple[int, int, int, int]], sources: Sequence[Source]) -> bool:
         """Show whole pages, whose files are to go, from the cache instead; or return False and do nothing.
 
         That is cheaper than to map their blocks anew. But it takes a mapping each time, so now and then, in
         blocks where it happens again and again, we refuse.
         """
-        changed = ex.covered(extents)
-        blocks = {int(p) // BLOCK for p in changed.ravel()}
+        blocks = {at // BLOCK for start, stop, *_ in extents for at in (start, stop)}
         self._moved = {b: self._moved.get(b, 0) for b in blocks}
         if any(n >= MOVES for n in self._moved.values()):
             self._moved = {}
             return False
         rows = []
-        for start, stop, index, offset in extents.tolist():
+        for start, stop, index, offset in extents:
             fd, place = self._cache.add(sources[index].read(offset, stop - start))
             rows.append((start, stop, place, fd))
             for b in range(start // BLOCK, (stop - 1) // BLOCK + 1):

@@ -495,13 +495,15 @@ class OpenFile:
 
     def _keep(self, layer: Layer) -> bool:
         """Leave the pages of a small change where they are in memory, though their scratch file goes."""
-        extents = layer.extents
-        whole = not np.any(extents["start"] % PAGE) and not np.any(extents["stop"] % PAGE)
-        small = ex.total(ex.covered(extents)) <= KEEP_BYTES
+        if len(layer.extents) > KEEP_BYTES // PAGE:
+            return False
+        rows = layer.extents.tolist()
+        whole = all(start % PAGE == 0 and stop % PAGE == 0 for start, stop, *_ in rows)
+        small = sum(stop - start for start, stop, *_ in rows) <= KEEP_BYTES
         if not (whole and small):
             return False
         try:
-            return self.mapping.move(extents, layer.sources)
+            return self.mapping.move(rows, layer.sources)
         except (OSError, ZBigError):  # the commit is done: what cannot be kept is mapped again when it is touched
             return False
 
@@ -614,6 +616,8 @@ def _weakly(target: OpenFile, method: Any, *args: Any) -> Callable[..., None]:
 
 def _holds_beyond(layer: Layer, end: int) -> bool:
     """Whether something was written past the array's end, by an old view that is longer than the array is now."""
+    if not len(layer.extents) or layer.extents["stop"][-1] <= end:
+        return False
     tail = ex.clip(layer.extents, end, _END)
     if ex.total(ex.covered(tail)) > PAGE:
         return True

@@ -450,6 +450,8 @@ def total(ranges: Ranges) -> int:
     >>> total(normalize([[0, 4], [6, 9]]))
     7
     """
+    if len(ranges) <= FEW:
+        return sum(hi - lo for lo, hi in ranges.tolist())
     return int((ranges[:, 1] - ranges[:, 0]).sum())
 
 
