@@ -13,7 +13,7 @@
 static struct {
     zb_mutex lock;
     _Atomic uint32_t puts, takes; /* futex words: bumped by each */
-    _Atomic uint32_t loaders;     /* that ever asked */
+    _Atomic bool loaders;         /* whether there are some, or are about to be */
     _Atomic uint32_t answers;     /* futex word: bumped by each, and at shutdown */
     uint32_t head, tail;
     zb_request ring[RING];
@@ -52,9 +52,14 @@ ZB_IN_HANDLER void zb_request_put(const zb_request *r)
     }
 }
 
+void zb_loaders_come(void)
+{
+    atomic_store(&q.loaders, true);
+}
+
 int zb_request_next(zb_request *out)
 {
-    if (!tls_loader) atomic_fetch_add(&q.loaders, 1);
+    zb_loaders_come();
     tls_loader = true;
     zb_tell_spoiled();
     for (;;) {
@@ -112,6 +117,6 @@ void zb_request_fork(void)
 {
     q.lock = 0;
     q.head = q.tail = 0;
-    atomic_store(&q.loaders, 0);
+    atomic_store(&q.loaders, false);
     tls_loader = false;
 }

@@ -190,6 +190,9 @@ ZB_API int zb_write(zb_window *w, uint64_t lo, uint64_t hi, const void *source);
 
 /* -- loader ------------------------------------------------------------------------------------------------- */
 
+/** A loader's thread has been started, and will call zb_request_next() soon: from now on who has something to be told
+ *  waits for it. Without one, nobody would ever answer. */
+ZB_API void zb_loaders_come(void);
 /** Sleep until a thread wants something. Marks the calling thread as a loader: what it touches in a window itself
  *  is served by the others, if they can. -ESHUTDOWN after zb_shutdown(). */
 ZB_API int zb_request_next(zb_request *out);

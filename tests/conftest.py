@@ -20,7 +20,7 @@ from ZODB.MappingStorage import MappingStorage
 
 import dask_zbig as dz
 
-SECONDS = 120  # a test that takes longer shows where it hangs, and ends the run
+SECONDS = 400  # a test that takes longer shows where it hangs, and ends the run
 SECONDS_IF_SLOW = 3600
 
 _CHECKS = [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture]

@@ -72,6 +72,7 @@ void zb_runs_free(zb_run *runs);
 int zb_discard(zb_space *s, uint64_t *first, uint64_t *last);
 int zb_write(zb_window *w, uint64_t lo, uint64_t hi, const void *source);
 
+void zb_loaders_come(void);
 int zb_request_next(zb_request *out);
 void zb_request_told(const zb_request *r);
 void zb_collecting(const wchar_t *phase, const void *info);

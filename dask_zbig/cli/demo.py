@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -204,11 +205,17 @@ def _stoppable(report: Report) -> Iterator[Callable[[], None]]:
         for number in _SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
-    disabled = logging.root.manager.disable
+    def dropped(what: sys.UnraisableHookArgs) -> None:
+        if not (stopped and isinstance(what.exc_value, SystemExit)):  # (see `stop_again`)
+            hook(what)
+
+    disabled, hook = logging.root.manager.disable, sys.unraisablehook
+    sys.unraisablehook = dropped
     before = {number: signal.signal(number, stop) for number in _SIGNALS}
     try:
         yield ignore
     finally:
         logging.disable(disabled)
+        sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)

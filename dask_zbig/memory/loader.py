@@ -62,6 +62,7 @@ def ensure_loaders() -> None:
             gc.callbacks.append(_collecting)
         _loaders.clear()  # those of the process that we were forked from
         _start_native(0)
+        lib.zb_loaders_come()  # (or a write that fails before it has done anything would be told to nobody)
         _pid = os.getpid()
 
 

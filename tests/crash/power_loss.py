@@ -19,6 +19,7 @@ import sys
 import tempfile
 import traceback
 
+import dask
 import disk
 import scenarios
 import transaction
@@ -54,6 +55,8 @@ class Recording:
 
     def recorded(self):
         """Open, commit, close, in a process that is watched; returns what there is before and after."""
+        if self.served:
+            dask.config.set({"zbig.load-timeout": 60})  # the server is watched, too, which takes its time
         if self.how == "uploaded":
             tempfile.tempdir = self.directory  # the client's cache is not of interest
         if self.how == "unsynced":

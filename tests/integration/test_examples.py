@@ -62,7 +62,7 @@ def test_example(tmp_path, name):
 @pytest.mark.parametrize("name", [n if n == "catalogue.py" else pytest.param(n, marks=pytest.mark.slow) for n in NEEDS])
 def test_an_example_says_what_it_needs(tmp_path, name):
     # one child each: importing takes longer than all the rest
-    done = run(name, tmp_path, before=f"import sys; sys.modules[{NEEDS[name]!r}] = None", timeout=60)
+    done = run(name, tmp_path, before=f"import sys; sys.modules[{NEEDS[name]!r}] = None", timeout=300)
     assert done.returncode == 0, done.stderr
     assert "pip install 'dask_zbig[examples]'" in done.stdout
     assert len(done.stdout.splitlines()) == 1
@@ -72,7 +72,7 @@ def test_an_example_says_what_it_needs(tmp_path, name):
 def test_the_page(tmp_path):
     pytest.importorskip("statsmodels")
     pytest.importorskip("matplotlib")
-    done = run("walkthrough.py", tmp_path, "--html", "page.html", timeout=120)
+    done = run("walkthrough.py", tmp_path, "--html", "page.html", timeout=300)
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "page.html").read_text("utf-8")
     assert page.count("<img ") == 4

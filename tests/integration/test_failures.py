@@ -11,7 +11,7 @@ import pytest
 
 PRELUDE = """
 import faulthandler, os, sys
-faulthandler.dump_traceback_later(60, exit=True)
+faulthandler.dump_traceback_later(280, exit=True)
 import dask, numpy as np, transaction
 import dask_zbig as dz
 from dask_zbig.cluster import worker
@@ -59,7 +59,7 @@ def run(body, cwd, status=0, write=True):
         run(WRITE + "conn.close(); db.close()", cwd, write=False)
     script = PRELUDE + textwrap.dedent(body)
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=cwd, capture_output=True, text=True, timeout=100, check=False
+        [sys.executable, "-c", script], cwd=cwd, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == status, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
@@ -183,6 +183,31 @@ def test_full_scratch_is_an_error_and_abort_heals(tmp_path):
     )
 
 
+# guard: loader.py: `zb_loaders_come`; removed -> no ScratchError but at commit
+def test_a_write_that_fails_before_there_is_a_loader_is_told(tmp_path):
+    run(
+        """
+        import resource, signal, threading
+        from dask_zbig.memory import loader
+        run, failed = loader._run, threading.Event()
+
+        def late(*arguments):
+            failed.wait()
+            run(*arguments)
+
+        loader._run = late
+        a = root["A"][:]
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        threading.Timer(0.5, failed.set).start()  # a write that told nobody is over long before
+        raises(dz.ScratchError, lambda: a.__setitem__(10, 1))
+        assert failed.is_set()
+        transaction.abort()
+        """,
+        tmp_path,
+    )
+
+
 # guard: fault.c: `s->closed` at a write; removed -> no ClosedError
 def test_views_after_close_keep_what_they_had_and_refuse_changes(tmp_path):
     run(
@@ -286,7 +311,7 @@ def test_faulthandler_reports_crashes_and_no_fault_of_a_view(tmp_path, before, a
         a[1 << 19] = 2
         assert a[1 << 19] == 2
         print("alive", flush=True)
-        signal.alarm(30)  # or it would crash for ever, if it were passed on to a handler that does nothing
+        signal.alarm(200)  # or it would crash for ever, if it were passed on to a handler that does nothing
         ctypes.string_at(0)
         """,
         tmp_path,
@@ -299,7 +324,7 @@ def test_faulthandler_reports_crashes_and_no_fault_of_a_view(tmp_path, before, a
 def test_interpreter_exit_while_others_load(tmp_path):
     run(
         """
-        dask.config.set({"zbig.load-timeout": 60})
+        dask.config.set({"zbig.load-timeout": 1000})  # longer than whoever waited for it would live
         import threading
         A = root["A"]
         for path in blob_files():

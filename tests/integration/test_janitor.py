@@ -27,7 +27,7 @@ from dask_zbig.errors import DatabaseUnavailableError
 from dask_zbig.segmentwriter import store_inline
 from dask_zbig.storage.blobfiles import orphans
 
-SECONDS = 60
+SECONDS = 200
 MIB = 1 << 20
 
 
@@ -251,12 +251,14 @@ def quick():
         yield
 
 
-def test_a_computation_longer_than_the_lease(merging, quick):
+def test_a_computation_longer_than_the_lease(merging, quick, monkeypatch):
+    monkeypatch.setattr(renewal, "PATIENCE", SECONDS)  # `stop` waits for a renewal that is under way
     client = merging.connect()
     job = begin_job(database.location(merging.db), client.connection)
     first = jobs(merging.db)[job.id]
     keeper = Renewal(job)
-    wait_until(lambda: jobs(merging.db)[job.id] > first + 3)
+    # (just renewed, so that it is not over when we look)
+    wait_until(lambda: jobs(merging.db)[job.id] > max(first + 3, time.time() + 1.5))
     assert collect(database.location(merging.db)) == []
     assert keeper.running
     keeper.stop()
@@ -288,7 +290,8 @@ def test_renewal_while_the_server_is_away(tmp_path, quick, monkeypatch):
     with tempfile.TemporaryDirectory(prefix="t", dir="/tmp") as place, contextlib.ExitStack() as stack:
         address = os.path.join(place, "zeo")
         with dz.serve(tmp_path / "x.fs", address=address) as uri:
-            db = stack.enter_context(contextlib.closing(dz.open(f"{uri}&wait_timeout=1")))
+            db = stack.enter_context(contextlib.closing(dz.open(uri)))
+            db.storage._server.timeout = 1  # from now on: how long to wait for the server
             connection = db.open(transaction.TransactionManager())
             job = begin_job(database.location(db), connection)
             connection.close()
@@ -298,7 +301,7 @@ def test_renewal_while_the_server_is_away(tmp_path, quick, monkeypatch):
         assert keeper.running
         stack.enter_context(dz.serve(tmp_path / "x.fs", address=address))
         wait_until(db.storage.is_connected)
-        wait_until(lambda: jobs(db)[job.id] > time.time())
+        wait_until(lambda: jobs(db)[job.id] > time.time() + 1)
         assert collect(database.location(db)) == []
         keeper.stop()
         end_job(job)

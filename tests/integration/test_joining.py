@@ -45,7 +45,7 @@ def blobs_of(directory):
 
 @pytest.fixture(autouse=True)
 def small_blobs():
-    with dask.config.set({"zbig.inline-limit": 1024, "zbig.load-timeout": 0.2}):
+    with dask.config.set({"zbig.inline-limit": 1024}):
         yield
 
 

@@ -23,7 +23,7 @@ from dask_zbig.storage.tempdir import PrivateDirectory
 
 # Does all that makes files, and tells their modes. In a process of its own, as the umask is of the whole process.
 WORK = """
-import json, os, stat, sys, tempfile
+import contextlib, json, os, stat, sys, tempfile
 import dask, numpy as np, transaction
 import dask_zbig as dz
 
@@ -37,9 +37,10 @@ def look():
     for top in (directory, temporary):
         for folder, folders, names in os.walk(top):
             for name in folders + names:
-                info = os.lstat(os.path.join(folder, name))
-                kind = "d" if stat.S_ISDIR(info.st_mode) else "s" if stat.S_ISSOCK(info.st_mode) else "f"
-                seen[os.path.relpath(os.path.join(folder, name), top)] = kind, stat.S_IMODE(info.st_mode)
+                with contextlib.suppress(FileNotFoundError):  # it has gone since
+                    info = os.lstat(os.path.join(folder, name))
+                    kind = "d" if stat.S_ISDIR(info.st_mode) else "s" if stat.S_ISSOCK(info.st_mode) else "f"
+                    seen[os.path.relpath(os.path.join(folder, name), top)] = kind, stat.S_IMODE(info.st_mode)
 
 
 def work(where):

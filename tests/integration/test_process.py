@@ -12,7 +12,7 @@ import pytest
 
 PRELUDE = """
 import ctypes, faulthandler, os, signal, sys, threading, time
-faulthandler.dump_traceback_later(60, exit=True)
+faulthandler.dump_traceback_later(280, exit=True)
 import dask, numpy as np, transaction
 import dask_zbig as dz
 BLOCK = 2 << 20
@@ -67,7 +67,7 @@ def stored(tmp_path_factory):
 def script(body, cwd, status=0, env=None, before=""):
     done = subprocess.run(
         [sys.executable, "-c", before + PRELUDE + textwrap.dedent(body)],
-        cwd=cwd, capture_output=True, text=True, timeout=100, check=False, env={**os.environ, **(env or {})},
+        cwd=cwd, capture_output=True, text=True, timeout=300, check=False, env={**os.environ, **(env or {})},
     )  # fmt: skip
     assert done.returncode == status, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
@@ -130,7 +130,7 @@ def library(tmp_path_factory):
     directory = tmp_path_factory.mktemp("library")
     (directory / "lib.c").write_text(LIBRARY)
     command = ["gcc", "-O0", "-shared", "-fPIC", "-o", "lib.so", "lib.c"]
-    subprocess.run(command, cwd=directory, check=True, timeout=60)
+    subprocess.run(command, cwd=directory, check=True, timeout=300)
     return str(directory / "lib.so")
 
 
@@ -153,7 +153,7 @@ def test_a_library_with_a_handler_of_its_own(stored, library, order):
             assert lib.use() == 3
         assert ctypes.c_int.in_dll(lib, "served").value == 6
         faulthandler.enable()
-        signal.alarm(20)
+        signal.alarm(200)
         print("alive", flush=True)
         ctypes.string_at(0)
         """,
@@ -172,7 +172,7 @@ def test_a_stack_overflow_is_a_crash_and_no_hang(stored, library, where, report)
         lib = ctypes.CDLL({library!r})
         {"faulthandler.enable()" if report else ""}
         use()
-        signal.alarm(20)
+        signal.alarm(200)
         def overflow():
             use_up()
         def use_up():
@@ -195,7 +195,7 @@ def test_a_stack_overflow_is_a_crash_and_no_hang(stored, library, where, report)
 
 def test_pytest_and_its_faulthandler(stored):
     """Under pytest, which enables it before each run: views work, and a crash is reported once."""
-    test = PRELUDE.replace("faulthandler.dump_traceback_later(60, exit=True)", "") + textwrap.dedent(
+    test = PRELUDE.replace("faulthandler.dump_traceback_later(280, exit=True)", "") + textwrap.dedent(
         """
         def test_use():
             use()
@@ -209,7 +209,7 @@ def test_pytest_and_its_faulthandler(stored):
     path.write_text(test)
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", path.name],
-        cwd=stored, capture_output=True, text=True, timeout=100, check=False,
+        cwd=stored, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     path.unlink()
     assert done.returncode == -signal.SIGSEGV, f"{done.stdout}\n{done.stderr}"
@@ -239,7 +239,7 @@ def test_a_thousand_signals_a_second(stored):
         signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
         end = time.monotonic() + 3
         turns = 0
-        while time.monotonic() < end or turns < 3:
+        while time.monotonic() < end or turns < 3 or count <= 300:
             turns += 1
             space.drop(0, view.nbytes)
             assert (view[:: BLOCK // 2] == 7).all()
@@ -301,7 +301,7 @@ def test_ctrl_c_during_a_load(tmp_path, call, handler, interrupt):
                 sys.exit("not interrupted")
             except {interrupt}:
                 took = time.monotonic() - started[0]
-            assert took < 5, took
+            assert took < 25, took
             os.kill(server.pid, signal.SIGCONT)
             if "view" in {call!r}:
                 for use in (A.sum, A.prefetch, lambda: np.asarray(A)):
@@ -552,7 +552,7 @@ def test_multiprocessing(tmp_path, method):
         )
     )
     done = subprocess.run(
-        [sys.executable, "job.py"], cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False
+        [sys.executable, "job.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
 

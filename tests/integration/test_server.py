@@ -28,7 +28,7 @@ def _time_limit():
         raise TimeoutError("the test took too long")
 
     signal.signal(signal.SIGALRM, out_of_time)
-    signal.alarm(90)
+    signal.alarm(300)
     yield
     signal.alarm(0)
 
@@ -64,7 +64,7 @@ def get_blob(db, key):
         return file.read()
 
 
-def gone(pid, seconds=20.0):
+def gone(pid, seconds=120.0):
     """Wait for a process that need not be our child."""
     deadline = time.monotonic() + seconds
     while True:
@@ -122,7 +122,7 @@ def test_private_and_msgpack(path):
         assert stat.S_IMODE(os.stat(os.path.dirname(address)).st_mode) == 0o700
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(address)
-            client.settimeout(10)
+            client.settimeout(120)
             assert client.recv(6, socket.MSG_WAITALL) == b"\0\0\0\x02M5"  # length, msgpack, protocol 5
 
 
@@ -250,7 +250,7 @@ def test_server_ends_with_its_parent(path, end):
         pid, uri = parent.stdout.readline().split()
         if end == "input()":
             parent.send_signal(signal.SIGINT)
-        parent.wait(20)
+        parent.wait(120)
     assert gone(pid)
     assert not os.path.exists(os.path.dirname(urlsplit(uri).path))
     database.open(path).close()
@@ -261,13 +261,13 @@ def test_forked_children_do_not_matter(path):
     end = "pid = os.fork()\n    if pid: os.waitpid(pid, 0); database.open(uri).close(); print('alive')"
     code = "from dask_zbig import database" + SCRIPT.format(end)
     with python(code, path) as parent:
-        out, _ = parent.communicate(timeout=30)
+        out, _ = parent.communicate(timeout=120)
         assert out.endswith("alive\n")
     end = "if not os.fork(): print(os.getpid(), flush=True); signal.pause()\n    os.kill(os.getpid(), signal.SIGKILL)"
     with python(SCRIPT.format(end), path) as parent:
         pid = parent.stdout.readline().split()[0]
         child = parent.stdout.readline()
-        parent.wait(20)
+        parent.wait(120)
         assert gone(pid)
         os.kill(int(child), signal.SIGKILL)
 
@@ -290,6 +290,6 @@ def test_package_found_through_sys_path_only(path, tmp_path):
         env=environment,
         text=True,
         capture_output=True,
-        timeout=60,
+        timeout=300,
     )
     assert (done.stdout, done.returncode) == ("fine\n", 0), done.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor, wait
 
 import dask.config
@@ -177,9 +178,11 @@ class Service:
             self._server.__exit__(None, None, None)
             self._server = None
 
-    def open(self, where=None):
-        """A new connection, of a client of its own, to the server or to the file itself."""
-        db = dz.open(where or self.uri)
+    def open(self):
+        """A new connection, of a client of its own."""
+        with dask.config.set({"zbig.zeo.wait-timeout": 60}):
+            db = dz.open(self.uri)
+        db.storage._server.timeout = 4  # from now on: how long to wait for the server
         self._stack.callback(db.close)
         manager = transaction.TransactionManager()
         connection = db.open(manager)
@@ -191,12 +194,23 @@ class Service:
 @pytest.fixture(params=[True, False], ids=["shared", "cache"])
 def service(request, tmp_path):
     service = Service(str(tmp_path / "x.fs"), str(tmp_path / "socket"), request.param)
-    with dask.config.set({"zbig.load-timeout": 20, "zbig.zeo.wait-timeout": 4}):
+    with dask.config.set({"zbig.load-timeout": 20}):
         yield service
         if service._server is None:
             service.start()  # so that closing need not wait for it
         service._stack.close()
     service.stop()
+
+
+def reconnect(connection):
+    """Wait until the client has found the server again."""
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            connection.db().storage.ping()
+            return
+        except ClientDisconnected:
+            assert time.monotonic() < deadline
 
 
 # guard: basemap.py: leaves are watched; removed -> stale after the boundary; zeoclient.py: `_oids`; removed -> the
@@ -230,7 +244,7 @@ def test_a_client_that_was_cut_off_for_long(service, commits, change):
     there.root()["A"][3 * MIB] = 7
     their_manager.commit()
 
-    connection.db().storage.ping()  # waits until the client has found the server again
+    reconnect(connection)
     if change == "there":
         with pytest.raises(ConflictError):
             manager.commit()
@@ -268,7 +282,7 @@ def test_a_commit_while_the_server_is_away_changes_nothing_and_can_be_tried_agai
         manager.commit()
     manager.abort()
     service.start()
-    connection.db().storage.ping()
+    reconnect(connection)
     there, their_manager = service.open()
     assert (there.root()["A"][:] == 1).all()
     manager.begin()

@@ -25,6 +25,12 @@ from tests.certificates import Hosts, as_client, log_of, serve  # isort: skip
 ANYWHERE = ("localhost", 0)
 
 
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch):
+    """No test here has a server that is silent in a handshake: who waits so long, waits for a turn."""
+    monkeypatch.setattr(tls, "_TIMEOUT", 30.0)
+
+
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory):
     return Hosts(tmp_path_factory.mktemp("hosts"))

@@ -181,7 +181,7 @@ def test_the_how_tos_commands(path, tmp_path):
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -205,7 +205,7 @@ def test_the_how_tos_commands(path, tmp_path):
                 dz.open(uri).close()
         finally:
             server.terminate()
-            server.communicate(timeout=30)
+            server.communicate(timeout=120)
 
 
 def _command(text):

@@ -7,11 +7,9 @@ import itertools
 import json
 import math
 import os
-import resource
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import numpy as np
@@ -436,7 +434,7 @@ def test_a_full_disk(db, tiny_disk, suffix):
     put(db, np.random.default_rng(0).normal(size=1 << 21))
     code = "from dask_zbig.cli.main import main; main()"
     args = ["export", db, "A", f"{tiny_disk}/new.{suffix}"]
-    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=300, check=False)
     told = done.stderr.splitlines()[-1]  # (old numcodecs have a warning before it)
     assert (done.returncode, told) == (1, f"Error: {tiny_disk}/new.{suffix}: No space left on device")
     assert os.listdir(tiny_disk) == []
@@ -584,19 +582,17 @@ def test_memory_does_not_grow_with_the_size(db):
         for _ in range(12):
             file.write(rng.bytes(64 << 20))
 
-    def limited():
-        resource.setrlimit(resource.RLIMIT_DATA, (500 << 20, 500 << 20))
+    # By a small process: what counts is the most that a child has ever had, also while it was a copy of its parent.
+    limited = """
+import resource, subprocess, sys
+resource.setrlimit(resource.RLIMIT_DATA, (500 << 20, 500 << 20))
+subprocess.run([sys.executable, "-m", "dask_zbig.cli.main", *sys.argv[1:]], check=True, stdout=sys.stderr, timeout=900)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
 
     def command(*args):
-        command = [sys.executable, "-m", "dask_zbig.cli.main", *args]
-        process = subprocess.Popen(command, preexec_fn=limited)
-        watch = threading.Timer(300, process.kill)
-        watch.start()
-        _, status, usage = os.wait4(process.pid, 0)
-        watch.cancel()
-        process.returncode = os.waitstatus_to_exitcode(status)
-        assert process.returncode == 0
-        assert usage.ru_maxrss < 600 << 10  # (KiB)
+        done = subprocess.run([sys.executable, "-c", limited, *args], stdout=subprocess.PIPE, text=True, check=True)
+        assert int(done.stdout) < 600 << 10  # (KiB)
 
     command("import", "x.raw", db, "A", "--dtype", "f8", "--shape", "-1,1024", "--verify")
     command("export", db, "A", "y.npy", "--verify")
@@ -612,13 +608,13 @@ def test_interrupted(db):
     code = "from dask_zbig.cli.main import main; main()"
     args = ["import", "x.raw", db, "A", "--dtype", "u1", "--transaction-size", "64MiB"]
     with subprocess.Popen([sys.executable, "-c", code, *args], stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while not os.path.exists(db) or os.path.getsize(db) < 3000:  # one commit
             assert time.monotonic() < deadline
             assert process.poll() is None
             time.sleep(0.005)
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=300)
     assert (process.returncode, err.strip()) == (1, "Aborted!")
     assert ok("ls", db) == "no arrays\n"
     ok("import", "x.raw", db, "A", "--dtype", "u1", "--shape", "1000")

@@ -109,9 +109,9 @@ def test_memory_that_is_really_used_still_counts(served):
         Client(cluster) as client,
     ):
         assert dz.from_zbigarray(A).max().compute() == len(A) - 1
-        future = client.submit(lambda: np.ones(600 * MIB // 8).sum() + __import__("time").sleep(60), pure=False)
+        future = client.submit(lambda: np.ones(600 * MIB // 8).sum() + __import__("time").sleep(200), pure=False)
         with pytest.raises(Exception, match=r"KilledWorker|died"):
-            future.result(60)
+            future.result(200)
 
 
 def test_charged_is_without_mapped_files(tmp_path):

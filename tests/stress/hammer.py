@@ -122,7 +122,7 @@ class Hammer:
         for db in self.databases:
             synchronize(db)
 
-    def run(self, seconds, must=frozenset(), patience=60):
+    def run(self, seconds, must, patience):
         """For `seconds`, and for up to `patience` more until all of `must` was done."""
         threads = [threading.Thread(target=self._guarded, args=(job,)) for crew in self.crews for job in crew.jobs()]
         for thread in threads:
@@ -473,9 +473,18 @@ class Slots(Crew):
 # -- what the process has
 
 
-def what_there_is(directory):
+def others():
+    """The threads that are none of Python's."""
+    return {int(task) for task in os.listdir("/proc/self/task")} - {t.native_id for t in threading.enumerate()}
+
+
+def what_there_is(directory, lasting):
+    """`lasting`: threads that are not Python's, and are to stay. Others are Python's and about to end."""
     gc.collect()
     close_unused()
+    end = time.monotonic() + 10
+    while not others() <= lasting and time.monotonic() < end:
+        time.sleep(0.01)
     with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
     with open("/proc/self/maps") as maps:
@@ -492,7 +501,7 @@ def what_there_is(directory):
     }
 
 
-def hammer(address, threads, seconds, seed, must=frozenset()):
+def hammer(address, threads, seconds, seed, must=frozenset(), patience=0.0):
     """One run, from opening the database to closing it. Returns what was done."""
     databases = [dz.open(address)]
     if "://" in address:
@@ -502,7 +511,7 @@ def hammer(address, threads, seconds, seed, must=frozenset()):
     try:
         it = Hammer(databases, threads, seed)
         it.create()
-        it.run(seconds, must)
+        it.run(seconds, must, patience)
         if it.errors:
             sys.exit("\n".join(it.errors[:5]))
         it.check_all()
@@ -522,10 +531,11 @@ def main():
     parser.add_argument("--hang", type=float, default=120, help="seconds more after which it must have hung")
     args = parser.parse_args()
     faulthandler.dump_traceback_later(args.seconds + WARM_UP + args.hang, exit=True)
+    lasting = others()
     hammer(args.address, args.threads, WARM_UP, args.seed)
-    before = what_there_is(args.directory)
-    done = hammer(args.address, args.threads, args.seconds, args.seed + 1, MUST)
-    after = what_there_is(args.directory)
+    before = what_there_is(args.directory, lasting)
+    done = hammer(args.address, args.threads, args.seconds, args.seed + 1, MUST, args.hang / 2)
+    after = what_there_is(args.directory, lasting)
     print(json.dumps({"done": done, "not done": sorted(MUST - done.keys()), "before": before, "after": after}))
 
 

@@ -105,7 +105,7 @@ def test_sides_come_with_what_they_need_in_order():
 
 def run(*arguments, **options):
     return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, timeout=120, check=False, **options
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=300, check=False, **options
     )
 
 

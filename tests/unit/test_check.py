@@ -524,7 +524,8 @@ def test_a_server_that_is_gone_is_no_damage(tmp_path):
     import dask
 
     with dz.serve(str(tmp_path / "x.fs"), shared_blob_dir=False) as uri:
-        db = dz.open(f"{uri}?wait_timeout=1")
+        db = dz.open(uri)
+        db.storage._server.timeout = 1  # from now on: how long to wait for the server
         with db.transaction() as connection:
             fill(connection.root())
     with dask.config.set({"zbig.load-timeout": 0.2}), pytest.raises(dz.DatabaseUnavailableError):

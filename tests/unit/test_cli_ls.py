@@ -344,9 +344,8 @@ def test_a_command_of_dask():
     assert entry.load() is main
     assert isinstance(main, click.Group)
     assert main.name == "zbig"
-    done = subprocess.run(
-        [sys.executable, "-m", "dask", "zbig", "ls", "nope.fs"], capture_output=True, text=True, timeout=60, check=False
-    )
+    command = [sys.executable, "-m", "dask", "zbig", "ls", "nope.fs"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert (done.returncode, done.stderr.splitlines()[-1][:29]) == (1, "Error: there is no FileStorage"[:29])
 
 
@@ -366,7 +365,7 @@ def test_progress(monkeypatch, capsys):
     assert "3 of 4 parts" in capsys.readouterr().err
     with common.Progress("work", 4, show=True) as progress:
         progress.wait()
-    assert "work: 0 s" in capsys.readouterr().err
+    assert re.search(r"work: \d+ s", capsys.readouterr().err)
     with common.Progress("work", 0) as progress:  # (no terminal)
         progress.add(0)
     assert capsys.readouterr().err == ""

@@ -144,9 +144,9 @@ def test_many_extents(conn):
     A = stored(conn, LEAF_BYTES, "u1")
     rows = [(i * 600, i * 600 + 1, i, 0) for i in range(100_000)]
     A._file.leaf(0).splice(ex.make(rows), [SegmentRef(InlineSegment(b""), 1, 0) for _ in rows])
-    started = time.perf_counter()
+    started = time.thread_time()
     text = A._repr_html_()
-    assert time.perf_counter() - started < 20  # it takes 0.2 s
+    assert time.thread_time() - started < 20  # it takes 0.2 s
     assert "100,000 in 100,000 segments" in text
     conn.transaction_manager.abort()
 

@@ -30,7 +30,7 @@ def _time_limit():
         raise TimeoutError("the test took too long")
 
     signal.signal(signal.SIGALRM, out_of_time)
-    signal.alarm(60)
+    signal.alarm(300)
     yield
     signal.alarm(0)
 
@@ -232,7 +232,7 @@ def test_locked_file(tmp_path, opened):
         assert other.stdout.readline() == "1\n"
         with pytest.raises(DatabaseUnavailableError, match=r"serve it with dz\.serve\(path\) or `dask-zbig serve`"):
             database.open(path)
-        other.communicate("\n", timeout=20)
+        other.communicate("\n", timeout=200)
     opened(path)  # a failed attempt holds nothing
 
 
@@ -246,7 +246,7 @@ def test_no_server(tmp_path):
             pytest.raises(DatabaseUnavailableError, match="no ZEO server answers"),
         ):
             database.open(f"zeo://127.0.0.1:{silent.getsockname()[1]}")
-        assert time.monotonic() - start < 10
+        assert time.monotonic() - start < 30  # the option's default, for one of them
 
 
 def test_missing_shared_blob_directory(tmp_path):

@@ -93,7 +93,7 @@ def directory(tmp_path):
 
 def all_gone(directory):
     """Wait for the end of spaces that nobody refers to. A loader may for a moment, though it has done its work."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while gc.collect() >= 0 and any(name.endswith(".lock") for name in os.listdir(directory)):
         assert time.monotonic() < deadline
         time.sleep(0.001)
@@ -481,7 +481,7 @@ def test_who_was_served_meanwhile_does_not_hear_of_a_load_that_the_close_overtoo
         service.space.close()
         service.gate.set()
         loaders = [t.ident for t in threading.enumerate() if t.name.startswith("zbig-loader")]
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while any(sys._current_frames()[i].f_code.co_name != "_run" for i in loaders):  # it has not given up yet
             assert time.monotonic() < deadline
             time.sleep(0.001)
@@ -538,8 +538,10 @@ def test_windows_go_with_their_last_view(directory):
     assert len(service.space.windows()) == 1
     assert part[0] == DATA[10]
     del part
-    gc.collect()
-    assert service.space.windows() == []
+    deadline = time.monotonic() + 60
+    while gc.collect() >= 0 and service.space.windows():  # a loader may for a moment refer to one
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 def test_release_changes_nothing(directory):
@@ -596,7 +598,7 @@ def test_descriptors_do_not_leak(directory):
     for _ in range(5):
         use()
     all_gone(directory)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 def test_cache_file(directory):

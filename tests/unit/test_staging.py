@@ -134,15 +134,15 @@ def test_ending_where_nothing_was_ever_staged(location):
 
 
 def test_leases(connection, location):
-    with dask.config.set({"zbig.lease-seconds": 100}):
+    with dask.config.set({"zbig.lease-seconds": 1000}):
         short = begin_job(location, connection)
     with dask.config.set({"zbig.lease-seconds": "1 h"}):
         long = begin_job(location, connection)
     assert collect(location) == []
-    assert collect(location, time.time() + 99) == []
-    assert ids(collect(location, time.time() + 101, dry_run=True)) == [short.id]
+    assert collect(location, time.time() + 900) == []
+    assert ids(collect(location, time.time() + 1001, dry_run=True)) == [short.id]
     assert set(area(connection)) == {short.id, long.id}
-    assert ids(collect(location, time.time() + 101)) == [short.id]
+    assert ids(collect(location, time.time() + 1001)) == [short.id]
     assert set(area(connection)) == {long.id}
     with dask.config.set({"zbig.lease-seconds": 1e-9}):
         over = begin_job(location, connection)
@@ -385,9 +385,9 @@ def test_renewing(connection, location):
     set_lease(connection, job, time.time() + 49)
     term = renew(job, below=0.5)
     assert term.seconds == 100
-    assert term.until == lease_of(connection, job) == pytest.approx(time.time() + 100, abs=10)
+    assert term.until == lease_of(connection, job) == pytest.approx(time.time() + 100, abs=40)
     set_lease(connection, job, time.time() - 1)  # nobody has noticed
-    assert renew(job).until == pytest.approx(time.time() + 100, abs=10)
+    assert renew(job).until == pytest.approx(time.time() + 100, abs=40)
     assert collect(location) == []
 
 

@@ -15,7 +15,7 @@ def test_private_directories_of_the_dead_are_removed(tmp_path):
         "import os, sys; from dask_zbig.storage.tempdir import PrivateDirectory as P;"
         "d = P('test', sys.argv[1]); open(d.path + '/x', 'w').close(); os.kill(os.getpid(), 9)"
     )
-    subprocess.run([sys.executable, "-c", code, tmp_path], timeout=30)
+    subprocess.run([sys.executable, "-c", code, tmp_path], timeout=120)
     (left,) = tmp_path.iterdir()
     mine = PrivateDirectory("test", str(tmp_path))
     assert left.exists()  # too young to be sure

@@ -51,10 +51,10 @@ class Owner:
 
     def __exit__(self, *exc):
         self.process.kill()
-        self.process.communicate(timeout=60)
+        self.process.communicate(timeout=300)
 
     def end(self):
-        self.process.communicate(timeout=60)
+        self.process.communicate(timeout=300)
         assert self.process.returncode == 0
 
 
@@ -112,7 +112,7 @@ def test_no_descriptor_is_left_behind(tmp_path):
         (tmp_path / str(k)).mkdir()
         with Hold(str(tmp_path / str(k))), Hold(str(tmp_path / str(k))):
             pass
-    assert len(os.listdir("/proc/self/fd")) == len(before)
+    assert len(os.listdir("/proc/self/fd")) <= len(before)  # (a collection may have closed others)
 
 
 def test_a_hold_that_goes_while_the_tables_are_in_use(tmp_path):
@@ -395,7 +395,7 @@ from dask_zbig.tempfiles import Hold, new_name, sweep
 print("a", "b", "c", flush=True)
 place, end = sys.argv[1], time.monotonic() + 3
 rounds = 0
-while time.monotonic() < end:
+while rounds <= 20 or time.monotonic() < end:
     if rounds % 3 == 2:  # as if it were a new process
         tempfiles._in_child()
     with Hold(place):

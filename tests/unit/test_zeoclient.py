@@ -69,7 +69,8 @@ def test_a_connection_that_is_lost_while_the_extent_map_is_loaded_is_made_again(
 
 # guard: zeoloads.py, `_answer`: since the last piece; removed -> the server has not answered
 def test_a_blob_that_takes_longer_than_the_time_out_but_comes(tmp_path):
-    size = 10 * 59_000  # ten pieces of ZEO's
+    pieces = 20
+    size = pieces * 59_000  # ZEO's
     with contextlib.ExitStack() as stack:
         place = stack.enter_context(tempfile.TemporaryDirectory(prefix="t", dir="/tmp"))
         server, proxy = os.path.join(place, "zeo"), os.path.join(place, "proxy")
@@ -81,11 +82,11 @@ def test_a_blob_that_takes_longer_than_the_time_out_but_comes(tmp_path):
         network.listen(proxy)
         db = stack.enter_context(contextlib.closing(dz.open(uri.replace(server, proxy, 1))))
         connection = db.open(transaction.TransactionManager())
-        slow = [Trouble("delay", b"receiveBlobChunk", to_server=False, seconds=0.4)] * 10  # one each
-        with dask.config.set({"zbig.load-timeout": 2}):
+        slow = [Trouble("delay", b"receiveBlobChunk", to_server=False, seconds=0.4)] * pieces  # one each
+        with dask.config.set({"zbig.load-timeout": 3.5}):  # (all takes twice as long: there is a second try)
             network.expect(*slow)
             connection.root()["A"].prefetch()
-        assert len(network.happened) == 10
+        assert len(network.happened) == pieces
         assert connection.root()["A"].sum() == 7 * size
         connection.close()
 
@@ -119,12 +120,13 @@ def test_a_server_that_hangs_up_is_not_flooded(opened):
         listener.listen(1000)
         listener.settimeout(30)
         db.storage.new_addr(os.path.join(place, "s"))
+        began = time.monotonic()
         network.cut()
         times = []
         for _ in range(4):
             listener.accept()[0].close()
             times.append(time.monotonic())
-    assert times[3] - times[0] > 1.9
+    assert times[3] - began > 1.9
 
 
 def test_a_server_that_never_greets_is_left_and_asked_again(opened, monkeypatch):
@@ -143,6 +145,7 @@ def test_a_server_that_never_greets_is_left_and_asked_again(opened, monkeypatch)
             for end in (first, second):
                 end.settimeout(30)
                 assert end.recv(1) == b""
+        monkeypatch.undo()  # the good one may take its time
         db.storage.new_addr(good)
         sync(db)
     connection = db.open(transaction.TransactionManager())
