@@ -136,14 +136,7 @@ def flush(file: OpenFile, target: Target) -> None:
     )
     for index in touched:
         leaf = checked(file.file.leaf(index), index)
-        if len(touched) == 1:
-            leaf.splice(extents, refs)
-        else:
-            part = ex.clip(extents, index * LEAF_BYTES, (index + 1) * LEAF_BYTES)
-            used = ex.used(part)
-            mapping = np.zeros(len(refs), np.int64)
-            mapping[used] = np.arange(len(used))
-            leaf.splice(ex.renumber(part, mapping), [refs[i] for i in used.tolist()])
+        leaf.splice(ex.clip(extents, index * LEAF_BYTES, (index + 1) * LEAF_BYTES), refs)
         _compact(file, leaf, target)
     guard_truncation(file.file, target.connection)
     file.spliced(touched)

@@ -323,14 +323,12 @@ class SegmentReader:
         oids = []
         for ref in refs:
             oid = _oid(ref)
-            source = self._sources.get((oid, ref.length, ref.checksum)) if oid is not None else None
-            if (
-                oid is None
-                or (oid, ref.length, ref.checksum) in self._serials
-                or (source is not None and source.loaded)
-            ):
-                continue
-            oids.append(oid)
+            if oid is None:
+                continue  # not committed yet
+            identity = (oid, ref.length, ref.checksum)
+            source = self._sources.get(identity)
+            if identity not in self._serials and not (source is not None and source.loaded):
+                oids.append(oid)
         if len(oids) > 1:
             self._storage.prefetch(oids[:AHEAD], maxtid)
 

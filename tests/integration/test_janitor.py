@@ -632,7 +632,6 @@ while rounds < 3 or time.monotonic() < end:
     transaction.begin()
     a = A[100_000:]
     assert a.min() == a.max(), (kind, rounds)
-print(rounds)
 """
     )
     kinds = ["writer", "worker", "janitor", "janitor", "writer"]
@@ -649,8 +648,7 @@ print(rounds)
             assert process.stdout.readline() == "ready\n"
         processes[-1].kill()
         for process in processes[:-1]:
-            out, _ = process.communicate(timeout=SECONDS)
-            assert process.returncode == 0
-            assert int(out) > 2
+            process.communicate(timeout=SECONDS)
+            assert process.returncode == 0  # (then it has made its rounds)
         collect_garbage(db)
         assert ours(str(tmp_path / "x.fs.blobs")) == []
