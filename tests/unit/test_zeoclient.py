@@ -14,6 +14,7 @@ import dask
 import pytest
 import transaction
 from ZEO.Exceptions import ClientDisconnected
+from ZODB.utils import maxtid, p64, z64
 
 import dask_zbig as dz
 from dask_zbig.database import sync
@@ -170,3 +171,16 @@ def test_pings_that_are_under_way_when_the_client_is_closed_end(tmp_path):
             for one in asking:
                 with pytest.raises((dz.ClosedError, dz.DatabaseUnavailableError)):
                     one.result(60)
+
+
+# guard: zeoloads.py, `prefetch`: it suppresses that the storage is closed; removed -> ClientDisconnected
+@pytest.mark.filterwarnings("error")
+def test_what_is_expected_of_a_closed_storage_does_not_come(tmp_path):
+    """Whoever asks ahead is not told: the load itself tells it."""
+    with dz.serve(tmp_path / "x.fs") as uri:
+        db = dz.open(uri)
+        storage = db.storage
+        db.close()
+        storage.prefetch([z64], maxtid)
+        with pytest.raises(ClientDisconnected):
+            storage.loadBefore(p64(1), maxtid)
