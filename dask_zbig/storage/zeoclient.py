@@ -86,12 +86,14 @@ class ClientStorage(Loads):
     def of(cls, storage: Any) -> Any:
         """Make a `storage` that is ZEO's own one of ours; leave any other as it is."""
         if type(storage) is _ClientStorage:
+            cls._begin(storage)
             storage.__class__ = cls
             storage._call = storage._bounded_call
             io = getattr(storage._server, "client", None)
             if io is not None and type(io) is _ClientIO:
                 io.__class__ = _PatientIO
-                io.receiveBlobChunk = storage.receiveBlobChunk  # (it has the methods as they were)
+                for method in ("receiveBlobStart", "receiveBlobChunk", "receiveBlobStop"):  # (it has them as they were)
+                    setattr(io, method, getattr(storage, method))
             if storage.fshelper is not None:  # it has a blob directory
                 follow(storage.fshelper)
                 storage.fshelper.blob_mkstemp = cls._noting(storage.fshelper.blob_mkstemp)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from ZEO.ClientStorage import ClientStorage
 from ZEO.Exceptions import ClientDisconnected
+from ZODB.POSException import POSKeyError
 
 from dask_zbig.config import get
+from dask_zbig.storage.download import Download
 
 __all__ = ["Loads"]
 
@@ -38,8 +39,13 @@ class Loads(ClientStorage):  # type: ignore[misc]  # ZEO ships no types
     Thread-safe, as ZEO's.
     """
 
-    _pieces = 0  # of blobs, that came
+    _pieces: int  # of blobs, that came
+    _downloads: dict[tuple[bytes, bytes], Download]  # blobs that are on their way
     _refused: dict[tuple[bytes, bytes], OSError]  # blobs that could not be written
+
+    def _begin(self) -> None:
+        """To be called once."""
+        self._pieces, self._downloads, self._refused = 0, {}, {}
 
     def _answer(self, coroutine: Any, more: float = 0.0) -> Any:
         """What the coroutine returns, within the load time-out and so many seconds `more`, or since the last piece."""
@@ -95,13 +101,25 @@ class Loads(ClientStorage):  # type: ignore[misc]  # ZEO ships no types
 
     def loadBlob(self, oid: bytes, serial: bytes) -> Any:  # noqa: N802 - ZODB's name
         """The path of a blob's file."""
-        path = super().loadBlob(oid, serial)
-        error = self.__dict__.setdefault("_refused", {}).pop((oid, serial), None)
-        if error is not None:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
-            raise OSError(error.errno, f"cannot write to the blob cache: {error.strerror}", path)
-        return path
+        with self._downloading(oid, serial):
+            return super().loadBlob(oid, serial)
+
+    def openCommittedBlobFile(self, oid: bytes, serial: bytes, blob: Any = None) -> Any:  # noqa: N802 - ZODB's name
+        """A blob's file, open."""
+        with self._downloading(oid, serial):
+            return super().openCommittedBlobFile(oid, serial, blob)
+
+    @contextlib.contextmanager
+    def _downloading(self, oid: bytes, serial: bytes) -> Iterator[None]:
+        """If a blob is not there in the end because it could not be written, say that."""
+        try:
+            yield
+        except POSKeyError:
+            error = self._refused.pop((oid, serial), None)
+            if error is None:
+                raise
+            path = self.fshelper.getBlobFilename(oid, serial)
+            raise OSError(error.errno, f"cannot write to the blob cache: {error.strerror}", path) from error
 
     def _bounded_call(self, method: str, *args: Any, **options: Any) -> Any:
         """What `_call` is to be."""
@@ -111,13 +129,58 @@ class Loads(ClientStorage):  # type: ignore[misc]  # ZEO ships no types
         more = timeout if method == "ping" else 0.0  # who asks for it wants to wait for the connection
         return self._answer(self._server.call_sync_co(method, args, timeout), more)
 
+    # -- downloads, in the client's own thread
+
+    def receiveBlobStart(self, oid: bytes, serial: bytes) -> None:  # noqa: N802 - ZEO's name
+        """A blob is going to come."""
+        self._forget_download(oid, serial)
+        self._refused.pop((oid, serial), None)
+        try:
+            new = Download(self.fshelper.getBlobFilename(oid, serial))
+        except OSError as error:
+            self._refused[oid, serial] = error
+        else:
+            self._downloads[oid, serial] = new
+
     def receiveBlobChunk(self, oid: bytes, serial: bytes, chunk: bytes) -> None:  # noqa: N802 - ZEO's name
         """A piece of a blob has come."""
         self._pieces += 1
-        refused = self.__dict__.setdefault("_refused", {})
-        if (oid, serial) in refused:
-            return
+        with self._writing(oid, serial) as download:
+            if download is not None:
+                download.write(chunk)
+                self._blob_data_bytes_loaded += len(chunk)
+                self._check_blob_size(self._blob_data_bytes_loaded)
+
+    def receiveBlobStop(self, oid: bytes, serial: bytes) -> None:  # noqa: N802 - ZEO's name
+        """All of a blob has come."""
+        with self._writing(oid, serial) as download:
+            if download is not None:
+                download.finish()
+        self._forget_download(oid, serial)
+
+    @contextlib.contextmanager
+    def _writing(self, oid: bytes, serial: bytes) -> Iterator[Download | None]:
         try:
-            super().receiveBlobChunk(oid, serial, chunk)
+            yield self._downloads.get((oid, serial))
         except OSError as error:
-            refused[oid, serial] = error
+            self._refused[oid, serial] = error
+            self._forget_download(oid, serial)
+
+    def _forget_download(self, oid: bytes, serial: bytes) -> None:
+        old = self._downloads.pop((oid, serial), None)
+        if old is not None:
+            old.close()
+
+    def notify_disconnected(self) -> None:
+        """ZEO has lost the connection: what was on its way does not come any more."""
+        self._forget_downloads()
+        super().notify_disconnected()
+
+    def close(self) -> None:
+        """Close."""
+        super().close()
+        self._forget_downloads()
+
+    def _forget_downloads(self) -> None:
+        for key in list(self._downloads):
+            self._forget_download(*key)
