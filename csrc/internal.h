@@ -104,6 +104,7 @@ struct zb_space {
     uint64_t id, epoch, limit;
     zb_window *windows;
     bool closed, forked;
+    bool transient; /* the scratch files need not get to the disk */
     bool spoiled; /* 0xFF is shown somewhere that could have been loaded: gone with the generation */
     uint32_t poisonings; /* fills by zb_poison_fd(): who waited meanwhile is to be told */
     int error;
@@ -136,7 +137,7 @@ extern struct zb_globals {
     int poison_fd;
     struct {
         _Atomic uint64_t read_faults, write_faults, bus_faults, spurious, chained;
-        _Atomic uint64_t waits, fills, stale_fills, bytes_copied, overflows, mappings;
+        _Atomic uint64_t waits, fills, stale_fills, bytes_copied, overflows, writebacks, mappings;
     } count;
 } zb_g __attribute__((visibility("hidden")));
 

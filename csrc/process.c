@@ -102,6 +102,7 @@ void zb_counters(zb_count *out)
     GET(stale_fills);
     GET(bytes_copied);
     GET(overflows);
+    GET(writebacks);
     GET(mappings);
 #undef GET
 }

@@ -253,6 +253,7 @@ ZB_IN_HANDLER static int copy_in(zb_window *w, const zb_slot *slot, unsigned lo,
  * commit finds most of its work done. A hint: nothing depends on it. */
 ZB_IN_HANDLER static void start_writeback(int fd, uint64_t offset)
 {
+    ZB_COUNT(writebacks, 1);
     sync_file_range(fd, (off_t)offset, ZB_BLOCK, SYNC_FILE_RANGE_WRITE);
 }
 
@@ -284,7 +285,8 @@ ZB_IN_HANDLER int zb_dirty_pages(zb_window *w, uint64_t b, unsigned lo, unsigned
     if (!r) {
         mark_dirty(s, slot, lo, hi);
         filled_by_dirt(s, slot);
-        if (!again && hi - lo == ZB_PAGES_PER_BLOCK && slot->offset) start_writeback(fd, slot->offset - ZB_BLOCK);
+        if (!s->transient && !again && hi - lo == ZB_PAGES_PER_BLOCK && slot->offset)
+            start_writeback(fd, slot->offset - ZB_BLOCK);
     } else if (shown && !s->error) {
         s->error = -r; /* a window shows pages that are in no run */
     }

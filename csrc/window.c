@@ -117,6 +117,13 @@ int zb_space_scratch(zb_space *s, const char *directory)
     return r;
 }
 
+void zb_space_transient(zb_space *s, int transient)
+{
+    zb_lock(&s->lock);
+    s->transient = transient;
+    zb_unlock(&s->lock);
+}
+
 void zb_space_limit(zb_space *s, uint64_t bytes)
 {
     zb_lock(&s->lock);

@@ -92,7 +92,7 @@ enum {
 /** Counters since the process started; see zb_counters(). */
 typedef struct {
     uint64_t read_faults, write_faults, bus_faults, spurious, chained;
-    uint64_t waits, fills, stale_fills, bytes_copied, overflows;
+    uint64_t waits, fills, stale_fills, bytes_copied, overflows, writebacks;
     uint64_t mappings; /**< an estimate, never below the truth, of the mappings the core holds */
 } zb_count;
 
@@ -122,6 +122,8 @@ ZB_API int zb_poison_fd(void);
 ZB_API int zb_space_new(zb_space **out, uint64_t id, const char *directory, const char *prefix);
 /** Where scratch files are to be created from now on. -EBUSY while the current generation has some. */
 ZB_API int zb_space_scratch(zb_space *s, const char *directory);
+/** Whether nobody is going to sync the scratch files: then the disk need not begin with what is written in bulk. */
+ZB_API void zb_space_transient(zb_space *s, int transient);
 /** The file's size: a growing write does not run past it (it may still be written past, page by page). */
 ZB_API void zb_space_limit(zb_space *s, uint64_t bytes);
 /** No more service: what is mapped stays readable; absent blocks read as 0xFF and writes go to private memory

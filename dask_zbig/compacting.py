@@ -139,7 +139,8 @@ class _Batch:
         self._before = before
         self._reader = reader(connection.db())
         blobs = database.has_blobs(connection)
-        self._target = Target(connection, blobs, manager_of(connection).scratch, get("inline-limit"))
+        durable = not database.uploads_blobs(connection)
+        self._target = Target(connection, blobs, manager_of(connection).scratch, get("inline-limit"), durable)
         self.copied = 0
 
     def run(self, indices: list[int], first: int, size: int) -> int:

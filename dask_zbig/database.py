@@ -39,6 +39,7 @@ __all__ = [
     "register",
     "snapshot",
     "sync",
+    "uploads_blobs",
 ]
 
 
@@ -256,6 +257,11 @@ def has_blobs(conn: Connection) -> bool:
         return bool(storage.temporaryDirectory())
     except (AttributeError, TypeError, OSError, POSError):
         return False
+
+
+def uploads_blobs(conn: Connection) -> bool:
+    """Return whether blobs that are stored through a connection are copied to a server, which keeps them."""
+    return not getattr(conn.db().storage, "shared_blob_dir", True)
 
 
 def sync(db: ZODB.DB) -> None:

@@ -576,6 +576,7 @@ class OpenFile:
         self.manager = manager
         self.turn = manager.turn
         self.reader = manager.reader
+        self.space.need_not_last(not manager.durable)
         if not self.space.dirty_pages:
             self.space.move_scratch(manager.scratch)
 

@@ -44,12 +44,16 @@ ALONE = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where segments go."""
+    """Where segments go.
+
+    `durable`: whether their files must be, here: not if a server gets copies of them, and syncs these.
+    """
 
     connection: Any
     blobs: bool
     scratch: str
     inline_limit: int
+    durable: bool = True
 
 
 @dataclass
@@ -235,11 +239,13 @@ def store_inline(file: OpenFile | None, connection: Any, data: bytes) -> Segment
 
 def store_files(file: OpenFile | None, target: Target, files: Sequence[FileSource]) -> list[SegmentRef]:
     """New blobs out of these files, which are moved. Durable before the transaction is."""
-    return add_blobs(file, target.connection, files, seal(files))
+    return add_blobs(file, target.connection, files, seal(files, durable=target.durable))
 
 
-def seal(files: Sequence[FileSource]) -> list[int]:
-    """Make files durable, and return their checksums."""
+def seal(files: Sequence[FileSource], *, durable: bool = True) -> list[int]:
+    """Make files durable, unless they need not be, and return their checksums."""
+    if not durable:
+        return [_file_checksum(source) for source in files]
     if sum(source.length for source in files) <= ALONE:
         for source in files:
             _sync(source)

@@ -120,6 +120,7 @@ class DataManager:
         self._latest: dict[ZBigFile, State] | None = None  # the state of the last savepoint
         self._cache = connection._cache
         self._blobs = database.has_blobs(connection)
+        self.durable = not database.uploads_blobs(connection)
         self.scratch = _scratch_directory(connection)
         self.reader = reader(connection.db())
         self._db = weakref.ref(connection.db())
@@ -226,7 +227,8 @@ class DataManager:
     def flush(self, opened: OpenFile) -> None:
         """Flush one file, once in a transaction."""
         self.flushing.add(opened.file)
-        flush(opened, Target(self.connection, self._blobs, self.scratch, get("inline-limit")))
+        limit = get("inline-limit")
+        flush(opened, Target(self.connection, self._blobs, self.scratch, limit, self.durable))
 
     def commit(self, current: Any) -> None:
         """The Connection does the rest."""

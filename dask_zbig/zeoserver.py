@@ -35,6 +35,7 @@ from ZODB.POSException import POSError
 from dask_zbig import tls, uris
 from dask_zbig.errors import ServerError
 from dask_zbig.storage.filestorage import FileStorage, blob_directory
+from dask_zbig.storage.transfers import Steps
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -226,6 +227,36 @@ class _ClientHandler(ZEOStorage):  # type: ignore[misc]  # ZEO ships no types
             _logger.warning("a client that speaks pickle instead of msgpack is turned away")
             conn.decode = server_decoder(b"M")  # nothing of what it may have sent already is unpickled
             conn.close()
+
+    # What a client uploads goes into a file in large steps, and towards the disk, while it comes.
+
+    blob_tempfile: tuple[int, str] | None
+    _upload: Steps
+
+    def storeBlobStart(self) -> None:  # noqa: N802 - ZEO's name
+        """A blob is going to come."""
+        super().storeBlobStart()
+        assert self.blob_tempfile is not None
+        self._upload = Steps(self.blob_tempfile[0], early=True)
+
+    def storeBlobChunk(self, chunk: bytes) -> None:  # noqa: N802 - ZEO's name
+        """A piece of a blob has come."""
+        self._upload.add(chunk)
+
+    def storeBlobEnd(self, oid: bytes, serial: bytes, data: bytes, id: int) -> None:  # noqa: A002, N802 - ZEO's
+        """All of a blob has come."""
+        self._upload.flush()
+        super().storeBlobEnd(oid, serial, data, id)
+
+    def notify_disconnected(self) -> None:
+        """The client has gone: remove what it had not uploaded to the end."""
+        if self.blob_tempfile is not None:
+            fd, path = self.blob_tempfile
+            self.blob_tempfile = None
+            os.close(fd)
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+        super().notify_disconnected()
 
 
 def _context(credentials: tls.Credentials) -> Any:

@@ -33,7 +33,7 @@ typedef struct {
 } zb_request;
 typedef struct {
     uint64_t read_faults, write_faults, bus_faults, spurious, chained;
-    uint64_t waits, fills, stale_fills, bytes_copied, overflows;
+    uint64_t waits, fills, stale_fills, bytes_copied, overflows, writebacks;
     uint64_t mappings;
 } zb_count;
 
@@ -47,6 +47,7 @@ int zb_poison_fd(void);
 
 int zb_space_new(zb_space **out, uint64_t id, const char *directory, const char *prefix);
 int zb_space_scratch(zb_space *s, const char *directory);
+void zb_space_transient(zb_space *s, int transient);
 void zb_space_limit(zb_space *s, uint64_t bytes);
 void zb_space_close(zb_space *s);
 void zb_space_free(zb_space *s);

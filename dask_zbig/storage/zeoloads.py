@@ -13,7 +13,7 @@ from ZEO.Exceptions import ClientDisconnected
 from ZODB.POSException import POSKeyError
 
 from dask_zbig.config import get
-from dask_zbig.storage.download import Download
+from dask_zbig.storage.transfers import Download
 
 __all__ = ["Loads"]
 

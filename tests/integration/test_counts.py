@@ -56,6 +56,33 @@ def wrote():
         return next(int(line.split()[1]) for line in io if line.startswith("wchar"))
 
 
+# -- syncs
+
+
+# guard: Target.durable and zb_space_transient; without them the client's copy goes to the disk as well
+@pytest.mark.parametrize("where", ["file", "shared", "cache"])
+def test_only_who_keeps_the_data_has_the_disk_write_it(tmp_path, monkeypatch, where):
+    synced = Counter()
+
+    def sync(fd, fsync=os.fsync):
+        synced[os.path.realpath(f"/proc/self/fd/{fd}")] += 1
+        fsync(fd)
+
+    with contextlib.ExitStack() as stack:
+        path = str(tmp_path / "x.fs")
+        uri = path if where == "file" else stack.enter_context(dz.serve(path, shared_blob_dir=where == "shared"))
+        _, root, manager = stack.enter_context(connected(uri))
+        root["A"] = array = dz.ZBigArray(8 * MIB, "u1")
+        manager.commit()
+        monkeypatch.setattr(os, "fsync", sync)
+        with counting() as count:
+            array[:][:] = 1
+            manager.commit()
+        assert array.sum() == 8 * MIB
+    scratch = [name for name in synced if "zbig-" in name]
+    assert (len(scratch), count["writebacks"]) == ((0, 0) if where == "cache" else (1, 3)), synced
+
+
 # -- faults
 
 

@@ -92,6 +92,32 @@ def test_a_blob_that_takes_longer_than_the_time_out_but_comes(tmp_path):
         connection.close()
 
 
+# guard: zeoserver.py, `notify_disconnected`; removed -> what came of the blob stays in the server's directory
+def test_an_upload_that_is_cut_off_leaves_nothing_at_the_server(tmp_path):
+    with contextlib.ExitStack() as stack:
+        place = stack.enter_context(tempfile.TemporaryDirectory(prefix="t", dir="/tmp"))
+        server, proxy = os.path.join(place, "zeo"), os.path.join(place, "proxy")
+        uri = stack.enter_context(dz.serve(tmp_path / "x.fs", address=server, shared_blob_dir=False))
+        network = stack.enter_context(contextlib.closing(Proxy(server)))
+        network.listen(proxy)
+        db = stack.enter_context(contextlib.closing(dz.open(uri.replace(server, proxy, 1))))
+        connection = db.open(transaction.TransactionManager())
+        connection.root()["A"] = A = dz.ZBigArray(6 << 20, "u1")
+        A[:] = 7
+        network.expect(Trouble("lose", b"storeBlobChunk", nth=60))
+        with pytest.raises(ClientDisconnected):
+            connection.transaction_manager.commit()
+        assert network.happened
+        connection.transaction_manager.abort()
+        sync(db)
+        connection.root()["A"] = A = dz.ZBigArray(6 << 20, "u1")
+        A[:] = 7
+        connection.transaction_manager.commit()  # (the server has seen the end of the connection before)
+        left = [os.path.join(path, name) for path, _, names in os.walk(tmp_path) for name in names]
+        assert not [name for name in left if os.path.basename(os.path.dirname(name)) == "tmp"], left
+        connection.close()
+
+
 def test_what_is_opened_while_the_server_is_away_can_be_written_to(opened):
     db, network = opened
     connection = db.open(transaction.TransactionManager())

@@ -1,4 +1,4 @@
-"""Blobs on their way into the blob cache."""
+"""Blobs between a ZEO server and its clients."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import stat
 
 import pytest
 
-from dask_zbig.storage import download
-from dask_zbig.storage.download import Download
+from dask_zbig.storage import transfers
+from dask_zbig.storage.transfers import Download
 
 
 @pytest.fixture
@@ -21,12 +21,12 @@ def content(path):
         return file.read()
 
 
-# guard: Download.write writes STEP at a time; a pwrite for each piece -> the folios of the page cache are small
+# guard: Steps.add writes STEP at a time; a pwrite for each piece -> the folios of the page cache are small
 @pytest.mark.parametrize("piece", [59_000, 1 << 20, 5_000_000])
 def test_a_blob_is_written_in_whole_steps(path, monkeypatch, piece):
     sizes = []
     write = os.write
-    monkeypatch.setattr(download.os, "write", lambda fd, data: (sizes.append(len(data)), write(fd, data))[1])
+    monkeypatch.setattr(transfers.os, "write", lambda fd, data: (sizes.append(len(data)), write(fd, data))[1])
     data = os.urandom(11_000_000)
     incoming = Download(path)
     for at in range(0, len(data), piece):
@@ -35,8 +35,8 @@ def test_a_blob_is_written_in_whole_steps(path, monkeypatch, piece):
     incoming.finish()
     incoming.close()
     assert content(path) == data
-    assert all(size % download.STEP == 0 for size in sizes[:-1])
-    assert sizes[-1] == len(data) % download.STEP
+    assert all(size % transfers.STEP == 0 for size in sizes[:-1])
+    assert sizes[-1] == len(data) % transfers.STEP
 
 
 def test_a_finished_blob_has_its_name_and_cannot_be_written_to(path):
