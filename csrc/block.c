@@ -113,47 +113,6 @@ out:
     return r;
 }
 
-/* The part of a piece in one window, block by block. */
-static int remap_in(zb_window *w, const zb_piece *p)
-{
-    uint64_t w_end = w->start + w->blocks * ZB_BLOCK;
-    uint64_t lo = p->start > w->start ? p->start : w->start, hi = p->stop < w_end ? p->stop : w_end;
-    cursor c = {p, 1, 0};
-    int r = 0;
-    if (lo < hi) zb_counted(w, 1); /* of what is cut off at the end */
-    for (uint64_t next; lo < hi && !r; lo = next) {
-        uint64_t b = (lo - w->start) / ZB_BLOCK, at = w->start + b * ZB_BLOCK;
-        next = at + ZB_BLOCK < hi ? at + ZB_BLOCK : hi;
-        uint32_t e = w->table[b];
-        if (zb_unfilled(e)) continue;
-        w->table[b] = ZB_ENTRY(ZB_SLOT(e), ZB_CLEAN);
-        if (!ZB_SLOT(e)) {
-            r = map_pieces(w, &c, lo, next);
-            continue;
-        }
-        const zb_slot *slot = &w->space->slots[ZB_SLOT(e) - 1];
-        unsigned end = (unsigned)((next - at) / ZB_PAGE);
-        for (unsigned k = (unsigned)((lo - at) / ZB_PAGE), q; k < end && !r; k = q) {
-            q = zb_same(slot, k, end);
-            if (!zb_is_dirty(slot, k)) r = map_pieces(w, &c, at + k * ZB_PAGE, at + q * ZB_PAGE);
-        }
-    }
-    return r;
-}
-
-int zb_remap(zb_space *s, const zb_piece *pieces, size_t n)
-{
-    for (size_t k = 0; k < n; k++)
-        if (pieces[k].start % ZB_PAGE || pieces[k].stop % ZB_PAGE || pieces[k].offset % (int64_t)ZB_PAGE)
-            return -EINVAL;
-    zb_lock(&s->lock);
-    int r = s->forked ? -ENOTCONN : 0;
-    for (zb_window *w = s->windows; w && !r; w = w->next)
-        for (size_t k = 0; k < n && !r; k++) r = remap_in(w, &pieces[k]);
-    zb_unlock(&s->lock);
-    return r;
-}
-
 #define STRIDE 16u
 
 /* Whether not one of STRIDE entries is (un)filled, as is wanted. Compilers make vectors of this. */

@@ -8,13 +8,15 @@ static void end_generation(zb_space *s, uint64_t *first, uint64_t *last)
 {
     *first = s->first_file;
     *last = s->fd >= 0 ? s->file + 1 : s->file;
-    if (s->fd >= 0) {
-        close(s->fd);
+    s->ended = s->fd >= 0 ? s->in_file : 0;
+    if (s->fd >= 0 || s->resumed) { /* (a file that was to be resumed, and was not, has its number) */
+        if (s->fd >= 0) close(s->fd);
         s->fd = -1;
         s->file++;
     }
     s->first_file = s->file;
     s->in_file = 0;
+    s->resumed = 0;
     s->nslots = 0;
     s->dirty_pages = 0;
 }
@@ -123,6 +125,24 @@ void zb_runs_free(zb_run *runs)
     free(runs);
 }
 
+int zb_resume(zb_space *s, uint64_t file)
+{
+    int r = 0;
+    zb_lock(&s->lock);
+    if (s->fd >= 0 || s->file != s->first_file || s->resumed)
+        r = -EBUSY;
+    else if (!s->ended || file + 1 != s->file)
+        r = -EINVAL;
+    else if (s->ended == ZB_SLOTS_PER_FILE)
+        r = -ENOSPC;
+    else {
+        s->resumed = s->ended;
+        s->first_file = s->file = file;
+    }
+    zb_unlock(&s->lock);
+    return r;
+}
+
 int zb_discard(zb_space *s, uint64_t *first, uint64_t *last)
 {
     int r = 0;
@@ -151,6 +171,7 @@ int zb_discard(zb_space *s, uint64_t *first, uint64_t *last)
     for (zb_window *w = s->windows; w; w = w->next) zb_dry(w);
     zb_spare_make();
     end_generation(s, first, last);
+    s->ended = 0; /* its files are to go */
     s->error = 0;
     s->spoiled = false;
     s->epoch++;

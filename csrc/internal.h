@@ -96,6 +96,7 @@ typedef struct {
 
 #define ZB_NO_FILE UINT64_MAX /* a slot whose pages are private memory: the scratch failed */
 #define ZB_STREAMS 8
+#define ZB_RESUMED_SLOTS 4u /* more than so many blocks are worth a file of their own, which becomes a segment whole */
 
 struct zb_space {
     zb_mutex lock;
@@ -115,6 +116,9 @@ struct zb_space {
     uint64_t dirty_pages;
     uint64_t file, first_file; /* number of the file being filled; of the first of this generation */
     unsigned in_file;          /* slots used in it */
+    unsigned room;             /* slots that may be */
+    unsigned ended;            /* slots used in the file before it, if that may be resumed, else 0 */
+    unsigned resumed;          /* slots used in it by the generations before, else 0 */
     int fd;                    /* open while the generation grows, else -1 */
     char directory[ZB_PATH], prefix[128];
     char path[ZB_PATH]; /* of the file being opened: a handler has no room for it on its stack */

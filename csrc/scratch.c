@@ -105,11 +105,27 @@ ZB_IN_HANDLER void zb_set_slot(zb_space *s, uint64_t block, size_t slotno)
         if (zb_has_block(w, block, &b)) w->table[b] = ZB_ENTRY(slotno, ZB_KIND(w->table[b]));
 }
 
+/* Go on in the file of the generation before. If it is not there any more there will be a new one. */
+ZB_IN_HANDLER static bool resume_file(zb_space *s)
+{
+    s->fd = open_file(s, s->file, 0);
+    if (s->fd < 0) {
+        s->fd = -1;
+        s->first_file = ++s->file;
+        return false;
+    }
+    s->in_file = s->resumed;
+    s->room = s->resumed + ZB_RESUMED_SLOTS;
+    if (s->room > ZB_SLOTS_PER_FILE) s->room = ZB_SLOTS_PER_FILE;
+    return true;
+}
+
 ZB_IN_HANDLER static int new_slot(zb_space *s, uint64_t block, bool backed, zb_slot **out)
 {
     int r = slots_room(s);
     if (r) return r;
-    if (backed && (s->fd < 0 || s->in_file == ZB_SLOTS_PER_FILE)) {
+    if (backed && s->fd < 0 && s->resumed && !resume_file(s)) s->resumed = 0;
+    if (backed && (s->fd < 0 || s->in_file == s->room)) {
         int fd = open_file(s, s->fd < 0 ? s->file : s->file + 1, O_CREAT | O_EXCL);
         if (fd < 0) return fd;
         if (s->fd >= 0) {
@@ -118,6 +134,7 @@ ZB_IN_HANDLER static int new_slot(zb_space *s, uint64_t block, bool backed, zb_s
         }
         s->fd = fd;
         s->in_file = 0;
+        s->room = ZB_SLOTS_PER_FILE;
     }
     zb_slot *slot = &s->slots[s->nslots++];
     memset(slot, 0, sizeof *slot);

@@ -157,8 +157,6 @@ ZB_API int zb_fill(zb_window *w, uint64_t epoch, uint64_t lo, uint64_t hi, const
 /** Nothing of the window can be mapped any more, not even zb_poison_fd(), for want of mappings: show zeros in all of
  *  it, have the generation fail by `error` (positive errno) until zb_discard(), and wake who waits. */
 ZB_API int zb_lost(zb_window *w, int error);
-/** Show the same bytes from elsewhere: in every window, the pages of `pieces` that are filled and not dirty. */
-ZB_API int zb_remap(zb_space *s, const zb_piece *pieces, size_t n);
 /** The first absent or filling block of [lo, hi), as a position, or `hi` (rounded up to a block). */
 ZB_API uint64_t zb_absent(zb_window *w, uint64_t lo, uint64_t hi);
 /** The first block of [lo, hi) that is neither absent nor filling, in the same way. */
@@ -179,6 +177,12 @@ ZB_API int zb_drop(zb_space *s, uint64_t lo, uint64_t hi, unsigned flags);
  *  write of the generation failed nothing is frozen and -error is returned. */
 ZB_API int zb_freeze(zb_space *s, zb_run **runs, size_t *n, uint64_t *first, uint64_t *last);
 ZB_API void zb_runs_free(zb_run *runs);
+/** Have the next generation begin in the file in which the last one ended, `file` (which was *last - 1 of the
+ *  zb_freeze()), behind what lies there: for generations of a few pages, which a new file each would cost as much as
+ *  all the rest. Only so many blocks of the next one go there. The file is the caller's as before, but must keep its
+ *  name until a zb_freeze() or zb_discard() reports files without it. -EBUSY if the next generation has files already,
+ *  -ENOSPC if that one is full, -EINVAL if it is another. */
+ZB_API int zb_resume(zb_space *s, uint64_t file);
 /** Forget the current generation: its blocks become absent; *first .. *last - 1 are the files to unlink. Also
  *  clears the error. */
 ZB_API int zb_discard(zb_space *s, uint64_t *first, uint64_t *last);

@@ -32,8 +32,8 @@ _log = logging.getLogger(__name__)
 
 #: A window that is made for an array leaves room for it to grow, up to this size.
 ROOMY = 1 << 45
-#: After a small commit pages are moved one by one, each taking a mapping, this often in a row in one block.
-MOVES = 64
+#: After a small commit pages stay where they are, each taking a mapping, this often in a row in one block.
+KEPT = 64
 #: Files that are mapped at once: each takes a descriptor meanwhile, in every thread that maps.
 AT_ONCE = 32
 #: Bytes that are composed at once: so much memory it takes, and a processor's cache still has them.
@@ -73,7 +73,7 @@ class Mapping:
         self._lock = threading.Lock()
         self._dropped = ex.no_ranges()  # what is to be mapped again when that is possible
         self._filled = ex.no_ranges()  # what was asked for since there are views
-        self._moved: dict[int, int] = {}  # blocks of the last small commit: how many in a row
+        self._kept: dict[int, int] = {}  # blocks of the last small commit: how many in a row
         self._window: Window | None = None
         self._eager = EAGER  # what is left of it
 
@@ -221,26 +221,22 @@ class Mapping:
             except (ZBigError, OSError, POSError) as e:  # a loader tries again, when it is touched, and reports
                 _log.warning("bytes %d..%d of %r cannot be mapped now: %s", lo, hi, owner, e)
 
-    # -- moving
+    # -- keeping
 
-    def move(self, extents: Sequence[tuple[int, int, int, int]], sources: Sequence[Source]) -> bool:
-        """Show whole pages, whose files are to go, from the cache instead; or return False and do nothing.
+    def keeps(self, extents: Sequence[tuple[int, int, int, int]]) -> bool:
+        """Whether pages that were written are to stay where they are, which takes mappings each time.
 
-        That is cheaper than to map their blocks anew. But it takes a mapping each time, so now and then, in
-        blocks where it happens again and again, we refuse.
+        That is cheaper than to map their blocks anew. But now and then, in blocks where it happens again and again, we
+        refuse.
         """
         blocks = {at // BLOCK for start, stop, *_ in extents for at in (start, stop)}
-        self._moved = {b: self._moved.get(b, 0) for b in blocks}
-        if any(n >= MOVES for n in self._moved.values()):
-            self._moved = {}
+        self._kept = {b: self._kept.get(b, 0) for b in blocks}
+        if any(n >= KEPT for n in self._kept.values()):
+            self._kept = {}
             return False
-        rows = []
-        for start, stop, index, offset in extents:
-            fd, place = self._cache.add(sources[index].read(offset, stop - start))
-            rows.append((start, stop, place, fd))
+        for start, stop, *_ in extents:
             for b in range(start // BLOCK, (stop - 1) // BLOCK + 1):
-                self._moved[b] = self._moved.get(b, 0) + 1
-        self.space.remap(rows)
+                self._kept[b] = self._kept.get(b, 0) + 1
         return True
 
 

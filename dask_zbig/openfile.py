@@ -23,7 +23,7 @@ from ZODB.POSException import ConflictError
 from dask_zbig.ahead import ALL, LAZY, bring, bring_writable
 from dask_zbig.basemap import HOLE, BaseMap, Leaf
 from dask_zbig.distinct import among
-from dask_zbig.errors import ClosedError, LoadError, ZBigError
+from dask_zbig.errors import ClosedError, LoadError
 from dask_zbig.mapping import Mapping
 from dask_zbig.memory._native import PAGE, check, lib, start
 from dask_zbig.memory.fastpath import FastPath
@@ -118,6 +118,7 @@ class OpenFile:
         self._entered = 0  # the process in which `enter` has nothing to do any more
         self._path: FastPath | None = None
         self._longest = 0  # that the array was when views were made
+        self._scratch: FileSource | None = None  # the file in which the next generation goes on
         on_store(file, _weakly(self, OpenFile._before_store))
         watch(file, _weakly(self, OpenFile._stale, 0, _END))
 
@@ -405,11 +406,13 @@ class OpenFile:
         with self._lock:  # a fill is planned before both, and then is stale, or after both
             generation = self.space.freeze()
             try:
-                self.push(_layer_of(generation, self._written))
+                self.push(_layer_of(generation, self._written, self._scratch))
+                self._scratch = None
                 self._written = ex.no_ranges()
             except BaseException as e:  # it is in no layer: it can only be forgotten
                 self.failure = self.failure or e
                 self._poisoned = ex.union(self._poisoned, ex.normalize(_run_ranges(generation)))
+                self._scratch = None
                 _unlink(generation.files)
                 raise
 
@@ -488,30 +491,36 @@ class OpenFile:
             # (with several layers one may lie over another)
             if merged or len(flushed) > 1 or not self._keep(layer):
                 self._remap(ex.covered(layer.extents))
+            elif self._resume(layer):
+                continue
             _unlink(left)
         if beyond:
             self._remap(ex.one_range(end, _END))
         _close(local)
 
     def _keep(self, layer: Layer) -> bool:
-        """Leave the pages of a small change where they are in memory, though their scratch file goes."""
+        """Leave the pages of a small change where they are in memory, and so in their scratch file."""
         if len(layer.extents) > KEEP_BYTES // PAGE:
             return False
         rows = layer.extents.tolist()
         whole = all(start % PAGE == 0 and stop % PAGE == 0 for start, stop, *_ in rows)
         small = sum(stop - start for start, stop, *_ in rows) <= KEEP_BYTES
-        if not (whole and small):
+        return whole and small and self.mapping.keeps(rows)
+
+    def _resume(self, layer: Layer) -> bool:
+        """Have the next small change go into the same scratch file: to make one takes as long as all the rest."""
+        source = layer.sources[-1]
+        if len(layer.files) != 1 or not isinstance(source, FileSource) or not self.space.resume(layer.files[0]):
             return False
-        try:
-            return self.mapping.move(rows, layer.sources)
-        except (OSError, ZBigError):  # the commit is done: what cannot be kept is mapped again when it is touched
-            return False
+        self._scratch = source
+        return True
 
     def discard(self) -> None:
         """Forget all changes, and what could not be loaded."""
         with self._lock:
             gone, self.layers, self.flushed = self.layers + self.flushed, (), ()
             files = self.space.discard()
+            self._scratch = None
             self.failure = None
             self._written = ex.no_ranges()
             self._merged = False
@@ -545,6 +554,7 @@ class OpenFile:
             self._written = ex.no_ranges()
             self.mapping.drop(ex.one_range(0, _END))  # first: no write may copy a page that shows what is undone
             files = self.space.discard()
+            self._scratch = None
         kept = {f for layer in layers for f in layer.files}
         _unlink([*files, *(f for layer in gone for f in layer.files if f not in kept)])
         self.mapping.refill(self)
@@ -564,6 +574,7 @@ class OpenFile:
         """The connection is closed: what is mapped stays readable."""
         self.cool()
         _unlink(self.space.discard())
+        self._scratch = None
         for layer in self.layers:
             _unlink(layer.files)
         self.space.close()
@@ -592,10 +603,13 @@ def _leaves_in(ranges: ex.Ranges) -> Iterator[int]:
         yield from range(lo // LEAF_BYTES, -(-hi // LEAF_BYTES))
 
 
-def _layer_of(generation: Generation, written: ex.Ranges) -> Layer:
+def _layer_of(generation: Generation, written: ex.Ranges, resumed: FileSource | None) -> Layer:
     numbers = sorted(set(generation.runs["file"].tolist()))
     index = {n: i for i, n in enumerate(numbers)}
-    sources = tuple(FileSource(generation.files[n - generation.first_file]) for n in numbers)
+    paths = [generation.files[n - generation.first_file] for n in numbers]
+    sources = tuple(
+        resumed.grown() if resumed is not None and path == resumed.path else FileSource(path) for path in paths
+    )
     rows = [(a, b, index[f], o) for a, b, o, f in generation.runs.tolist()]
     return Layer(ex.make(rows), sources, (None,) * len(sources), False, tuple(generation.files), written)
 

@@ -20,6 +20,8 @@ from ZODB.MappingStorage import MappingStorage
 
 import dask_zbig as dz
 
+from tests.scratch import left  # isort: skip
+
 SECONDS = 400  # a test that takes longer shows where it hangs, and ends the run
 SECONDS_IF_SLOW = 3600
 
@@ -86,12 +88,13 @@ class Clients:
         return one, one.root[name], two, two.root[name]
 
     def scratch(self):
-        """The scratch files that exist now."""
+        """The scratch files that exist now, and are not there to be gone on with."""
         if not self.blobs:
             return []
         with self.db.transaction() as connection:
             directory = connection._normal_storage.temporaryDirectory()
-        return sorted(name for name in os.listdir(directory) if name.startswith(("zbig", "BUC", "savepoint")))
+        others = [name for name in os.listdir(directory) if name.startswith(("BUC", "savepoint"))]
+        return left(directory) + sorted(others)
 
 
 class Client:

@@ -61,7 +61,6 @@ char *zb_window_base(zb_window *w);
 void zb_window_free(zb_window *w);
 int zb_fill(zb_window *w, uint64_t epoch, uint64_t lo, uint64_t hi, const zb_piece *pieces, size_t n);
 int zb_lost(zb_window *w, int error);
-int zb_remap(zb_space *s, const zb_piece *pieces, size_t n);
 uint64_t zb_absent(zb_window *w, uint64_t lo, uint64_t hi);
 uint64_t zb_present(zb_window *w, uint64_t lo, uint64_t hi);
 int zb_ready(zb_window *w, uint64_t lo, uint64_t hi);
@@ -69,6 +68,7 @@ int zb_release(zb_window *w);
 
 int zb_drop(zb_space *s, uint64_t lo, uint64_t hi, unsigned flags);
 int zb_freeze(zb_space *s, zb_run **runs, size_t *n, uint64_t *first, uint64_t *last);
+int zb_resume(zb_space *s, uint64_t file);
 void zb_runs_free(zb_run *runs);
 int zb_discard(zb_space *s, uint64_t *first, uint64_t *last);
 int zb_write(zb_window *w, uint64_t lo, uint64_t hi, const void *source);

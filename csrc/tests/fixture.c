@@ -340,7 +340,21 @@ static void store_page(fx_store *store, uint64_t page, fx_page to)
     store->used[to.fd]++;
 }
 
-uint64_t fx_store_freeze(fx_store *store, zb_space *s)
+static void remove_files(fx_store *store, uint64_t first, uint64_t last, bool but_the_last)
+{
+    if (store->resumed && (store->file < first || store->file >= last))
+        fx_scratch_remove(store->id, store->file, store->file + 1);
+    store->resumed = but_the_last;
+    store->file = last - 1;
+    fx_scratch_remove(store->id, first, last - but_the_last);
+}
+
+void fx_store_ended(fx_store *store, uint64_t first, uint64_t last)
+{
+    remove_files(store, first, last, false);
+}
+
+uint64_t fx_store_freeze(fx_store *store, zb_space *s, bool resume)
 {
     zb_run *runs;
     size_t n;
@@ -353,7 +367,7 @@ uint64_t fx_store_freeze(fx_store *store, zb_space *s)
         CHECK_LE(fds[k - first], MAX_FD - 1);
         store->used[fds[k - first]]++; /* until all runs are in */
     }
-    fx_scratch_remove(store->id, first, last);
+    remove_files(store, first, last, resume && last > first && zb_resume(s, last - 1) == 0);
     for (size_t i = 0; i < n; i++) {
         CHECK(runs[i].start < runs[i].stop && runs[i].start % ZB_PAGE == 0 && runs[i].stop % ZB_PAGE == 0);
         CHECK(runs[i].file >= first && runs[i].file < last);
@@ -366,16 +380,6 @@ uint64_t fx_store_freeze(fx_store *store, zb_space *s)
         if (--store->used[fds[k - first]] == 0) close(fds[k - first]);
     zb_runs_free(runs);
     return pages;
-}
-
-zb_piece fx_store_move(fx_store *store, uint64_t lo, uint64_t hi, const void *bytes)
-{
-    int fd = new_file();
-    uint64_t offset = lo % ZB_BLOCK;
-    CHECK_LE(fd, MAX_FD - 1);
-    CHECK_EQ(pwrite(fd, bytes, hi - lo, (off_t)offset), hi - lo);
-    for (uint64_t at = lo; at < hi; at += ZB_PAGE) store_page(store, at / ZB_PAGE, (fx_page){fd, offset + at - lo});
-    return (zb_piece){lo, hi, (int64_t)offset, fd};
 }
 
 size_t fx_store_pieces(const fx_store *store, uint64_t lo, uint64_t hi, zb_piece *pieces)

@@ -104,14 +104,17 @@ typedef struct {
     uint64_t npages;
     fx_page *pages;
     uint64_t *used; /* pages that lie in a file, by descriptor; it is closed when none does */
+    uint64_t file;  /* if it is resumed, the scratch file that keeps its name for that */
+    bool resumed;
 } fx_store;
 
 void fx_store_open(fx_store *store, uint64_t id, uint64_t npages);
 void fx_store_close(fx_store *store);
-/* Freeze the space, and take its runs and files over. Returns how many pages that were. */
-uint64_t fx_store_freeze(fx_store *store, zb_space *s);
-/* The pages of [lo, hi) now lie in a file of their own, which has these bytes. Returns where. */
-zb_piece fx_store_move(fx_store *store, uint64_t lo, uint64_t hi, const void *bytes);
+/* Freeze the space, and take its runs and files over. With `resume` the next generation goes on in the last of these
+ * files, if it may. Returns how many pages that were. */
+uint64_t fx_store_freeze(fx_store *store, zb_space *s, bool resume);
+/* A generation has ended with these files: remove them, and the one that was resumed, if it was not written to. */
+void fx_store_ended(fx_store *store, uint64_t first, uint64_t last);
 /* What [lo, hi) is made of. `pieces` has room for one a page. */
 size_t fx_store_pieces(const fx_store *store, uint64_t lo, uint64_t hi, zb_piece *pieces);
 

@@ -160,7 +160,7 @@ static void discard(space *a)
 {
     uint64_t first, last;
     CHECK_OK(zb_discard(a->s, &first, &last));
-    fx_scratch_remove(a->id, first, last);
+    fx_store_ended(&a->store, first, last);
     memcpy(a->now, a->saved, SIZE);
     a->failed = false;
     CHECK_EQ(zb_space_error(a->s), 0);
@@ -178,15 +178,8 @@ static void freeze(space *a)
         return;
     }
     uint64_t dirty = zb_space_dirty(a->s);
-    CHECK_EQ(fx_store_freeze(&a->store, a->s), dirty);
+    CHECK_EQ(fx_store_freeze(&a->store, a->s, any(2)), dirty);
     memcpy(a->saved, a->now, SIZE);
-}
-
-static void move(space *a)
-{
-    uint64_t lo = any(SIZE / P), hi = lo + 1 + any(SIZE / P - lo);
-    zb_piece piece = fx_store_move(&a->store, lo * P, hi * P, a->saved + lo * P);
-    CHECK_OK(zb_remap(a->s, &piece, 1));
 }
 
 static void other_window(space *a)
@@ -236,7 +229,6 @@ static void refused(space *a)
         one.fd = 0;
         one.offset = 1 + (int64_t)any(P - 1);
         CHECK_EQ(zb_fill(w, epoch, one.start, one.stop, &one, 1), -EINVAL);
-        CHECK_EQ(zb_remap(a->s, &one, 1), -EINVAL);
         break;
     case 8: CHECK_EQ(zb_write(w, lo, end + 1 + wild % (1ULL << 40), NULL), -EINVAL); break;
     case 9: CHECK_EQ(zb_write(w, hi, lo, NULL), -EINVAL); break;
@@ -245,6 +237,7 @@ static void refused(space *a)
     case 12: CHECK_EQ(zb_window_new(&none, a->s, (1ULL << 63) - B * any(2), 2 * B), -EINVAL); break;
     default:
         CHECK_EQ(zb_window_new(&none, a->s, 0, any(2) ? 0 : (1ULL << 62) + 1 + wild / 4), -EINVAL);
+        CHECK(zb_resume(a->s, wild | 1ULL << 40) < 0);
         if (zb_space_dirty(a->s)) CHECK_EQ(zb_space_scratch(a->s, fx_directory()), -EBUSY);
     }
     CHECK_EQ(zb_space_epoch(a->s), epoch);
@@ -265,7 +258,7 @@ static void call(space *a)
     case 5:
     case 6: other_window(a); break;
     case 7: CHECK_OK(zb_release(a->windows[0])); break;
-    case 8: move(a); break;
+    case 8: freeze(a); break;
     case 9: zb_space_limit(a->s, any(3) ? any(SIZE) : fx_next(&f.random)); break;
     case 10: any(6) ? fill_some(a) : fail(a); break;
     case 11: fill_some(a); break;

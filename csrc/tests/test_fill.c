@@ -192,40 +192,6 @@ static void present_scan(void)
     end();
 }
 
-/* The same bytes from another file, where blocks are filled; here other bytes, to tell them apart. */
-static void remap(void)
-{
-    begin(4);
-    zb_window *v = fx_window(s, 2 * B, 2 * B);
-    char *other = zb_window_base(v) - 2 * B;
-    int a = fx_file(4 * B, 1), b = fx_file(4 * B, 2);
-    CHECK_OK(fx_fill(s, w, 0, 3 * B, a, 0));
-    CHECK_OK(fx_fill(s, v, 2 * B, 3 * B, -1, 0));
-    fx_put(base + B + 4 * P, 42);
-    zb_piece pieces[] = {{2 * P, 3 * P, 0, b}, {B + 2 * P, 4 * B, B + 2 * P, b}};
-    CHECK_OK(zb_remap(s, pieces, 2));
-    fx_check_file(base, 2 * P, 1, 0);
-    fx_check_file(base + 2 * P, P, 2, 0);
-    fx_check_file(base + 3 * P, B - P, 1, 3 * P);
-    fx_check_file(base + B + 2 * P, 2 * P, 2, B + 2 * P);
-    CHECK_EQ(fx_get(base + B + 4 * P), 42);
-    fx_check_file(base + B + 4 * P + 1, P - 1, 1, B + 4 * P + 1);
-    fx_check_file(base + B + 5 * P, 2 * B - 5 * P, 2, B + 5 * P);
-    fx_check_file(other + 2 * B, B, 2, 2 * B);
-    CHECK_EQ(zb_absent(w, 0, 4 * B), 3 * B);
-    CHECK_EQ(zb_absent(v, 2 * B, 4 * B), 3 * B);
-    fx_put(other + 2 * B + P, 43); /* no hole any more: the old bytes come from the file */
-    CHECK_EQ(fx_get(other + 2 * B + P + 1), fx_byte(2, 2 * B + P + 1));
-    CHECK_OK(zb_remap(s, NULL, 0));
-    zb_piece wrong = {0, P + 1, 0, b};
-    CHECK_EQ(zb_remap(s, &wrong, 1), -EINVAL);
-    CHECK_LE(fx_mappings(base, 4 * B) + fx_mappings(other + 2 * B, 2 * B), fx_count().mappings);
-    close(a);
-    close(b);
-    zb_window_free(v);
-    end();
-}
-
 static void several_windows(void)
 {
     begin(4);
@@ -363,7 +329,6 @@ int main(void)
     RUN(filled_blocks_are_left);
     RUN(absent_scan);
     RUN(present_scan);
-    RUN(remap);
     RUN(several_windows);
     RUN(drop_only_holes);
     RUN(release);

@@ -109,7 +109,7 @@ static void *work(void *argument)
 static void freeze(void)
 {
     pthread_mutex_lock(&t.lock);
-    fx_store_freeze(&t.store, t.s);
+    fx_store_freeze(&t.store, t.s, true);
     pthread_mutex_unlock(&t.lock);
     t.freezes++;
 }

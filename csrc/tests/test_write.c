@@ -425,6 +425,105 @@ static void the_scratch_directory_moves_between_generations(void)
     end();
 }
 
+/* A generation of one page, in a file that keeps its name; its number. */
+static uint64_t one_page(uint64_t block, unsigned char byte)
+{
+    fx_put(base + block * B + 3 * P, byte);
+    freeze();
+    CHECK_EQ(nruns, 1);
+    CHECK_EQ(last - first, 1);
+    zb_runs_free(runs);
+    return first;
+}
+
+static unsigned char in_file(uint64_t number, uint64_t offset)
+{
+    unsigned char byte;
+    int fd = fx_scratch_open(ID, number);
+    CHECK_EQ(pread(fd, &byte, 1, (off_t)offset), 1);
+    close(fd);
+    return byte;
+}
+
+static void a_generation_goes_on_in_the_file_of_the_one_before(void)
+{
+    begin(40);
+    CHECK_OK(fx_fill(s, w, 0, 40 * B, -1, 0));
+    uint64_t file = one_page(0, 1);
+    for (unsigned n = 1; n < ZB_SLOTS_PER_FILE; n++) {
+        CHECK_OK(zb_resume(s, file));
+        CHECK_EQ(zb_resume(s, file), -EBUSY);
+        CHECK_EQ(one_page(n % 3, (unsigned char)(n + 1)), file);
+        CHECK_EQ(runs[0].offset, n * B + 3 * P); /* behind what lies there */
+    }
+    for (unsigned n = 0; n < ZB_SLOTS_PER_FILE; n++) CHECK_EQ(in_file(file, n * B + 3 * P), n + 1);
+    CHECK_EQ(zb_resume(s, file), -ENOSPC);
+    uint64_t next = one_page(0, 99);
+    CHECK_EQ(next, file + 1);
+    CHECK_EQ(zb_resume(s, file), -EINVAL);
+    fx_put(base, 7);
+    CHECK_EQ(zb_resume(s, next), -EBUSY);
+    fx_scratch_remove(ID, file, next + 1);
+    CHECK_EQ(fx_get(base + 3 * P), 99);
+    end();
+}
+
+static void what_is_large_gets_a_file_of_its_own(void)
+{
+    begin(40);
+    CHECK_OK(fx_fill(s, w, 0, 40 * B, -1, 0));
+    uint64_t file = one_page(0, 1);
+    CHECK_OK(zb_resume(s, file));
+    CHECK_OK(zb_write(w, 0, 8 * B, NULL));
+    freeze();
+    CHECK_EQ(first, file);
+    CHECK_EQ(last, file + 2);
+    CHECK_EQ(nruns, 2);
+    CHECK_EQ(runs[0].stop, 4 * B);
+    CHECK_EQ(runs[0].offset, B);
+    CHECK_EQ(runs[1].offset, 0);
+    forget();
+    end();
+}
+
+static void a_file_that_was_to_be_resumed_and_is_gone(void)
+{
+    begin(4);
+    CHECK_OK(fx_fill(s, w, 0, 4 * B, -1, 0));
+    uint64_t file = one_page(0, 1);
+    CHECK_OK(zb_resume(s, file));
+    fx_scratch_remove(ID, file, file + 1);
+    CHECK_EQ(one_page(1, 2), file + 1);
+    CHECK_EQ(zb_space_error(s), 0);
+    CHECK_EQ(fx_get(base + 3 * P), 1);
+    CHECK_EQ(fx_get(base + B + 3 * P), 2);
+    fx_scratch_remove(ID, file + 1, file + 2);
+    end();
+}
+
+static void a_resumed_file_is_discarded_with_its_generation(void)
+{
+    begin(4);
+    CHECK_OK(fx_fill(s, w, 0, 4 * B, -1, 0));
+    uint64_t file = one_page(0, 1);
+    CHECK_OK(zb_resume(s, file));
+    CHECK_OK(zb_discard(s, &first, &last)); /* nothing was written */
+    CHECK_EQ(first, last);
+    CHECK_EQ(zb_resume(s, file), -EINVAL);
+    fx_scratch_remove(ID, file, file + 1);
+    file = one_page(0, 2);
+    CHECK_OK(zb_resume(s, file));
+    fx_put(base, 3);
+    CHECK_OK(zb_discard(s, &first, &last));
+    CHECK_EQ(first, file);
+    CHECK_EQ(last, file + 1);
+    CHECK_EQ(zb_resume(s, file), -EINVAL);
+    fx_scratch_remove(ID, first, last);
+    CHECK_EQ(one_page(1, 4), file + 1);
+    fx_scratch_remove(ID, file + 1, file + 2);
+    end();
+}
+
 /* -- direct writes -------------------------------------------------------------------------------------------- */
 
 static void direct_write_without_source(void)
@@ -705,7 +804,7 @@ static void model_direct_write(void)
 static void model_freeze(void)
 {
     uint64_t dirty = zb_space_dirty(s);
-    CHECK_EQ(fx_store_freeze(&m.store, s), dirty);
+    CHECK_EQ(fx_store_freeze(&m.store, s, any(2)), dirty);
     memcpy(m.saved, m.now, SIZE);
     /* the store alone must give these bytes */
     uint64_t lo = any(BLOCKS) * B;
@@ -723,7 +822,7 @@ static void model_discard(void)
 {
     uint64_t f, l;
     CHECK_OK(zb_discard(s, &f, &l));
-    fx_scratch_remove(ID, f, l);
+    fx_store_ended(&m.store, f, l);
     memcpy(m.now, m.saved, SIZE);
 }
 
@@ -731,13 +830,6 @@ static void model_drop(void)
 {
     uint64_t lo = any(SIZE), hi = lo + any(SIZE);
     CHECK_OK(zb_drop(s, lo, hi, any(4) ? 0 : ZB_DROP_HOLES));
-}
-
-static void model_move(void)
-{
-    uint64_t lo = any(SIZE / P), hi = lo + 1 + any(SIZE / P - lo);
-    zb_piece piece = fx_store_move(&m.store, lo * P, hi * P, m.saved + lo * P);
-    CHECK_OK(zb_remap(s, &piece, 1));
 }
 
 static void model_second_window(void)
@@ -758,7 +850,7 @@ static void model_step(void)
     case 2: model_drop(); break;
     case 3: any(3) ? model_drop() : model_second_window(); break;
     case 4: CHECK_OK(zb_release(m.windows[any(2)])); break;
-    case 5: any(3) ? model_move() : zb_space_limit(s, any(3) ? SIZE : any(SIZE)); break;
+    case 5: any(3) ? model_freeze() : zb_space_limit(s, any(3) ? SIZE : any(SIZE)); break;
     case 6:
     case 7:
     case 8: model_direct_write(); break;
@@ -828,6 +920,10 @@ int main(int argc, char **argv)
     RUN(files_rotate);
     RUN(discarded_bytes_are_gone);
     RUN(the_scratch_directory_moves_between_generations);
+    RUN(a_generation_goes_on_in_the_file_of_the_one_before);
+    RUN(what_is_large_gets_a_file_of_its_own);
+    RUN(a_file_that_was_to_be_resumed_and_is_gone);
+    RUN(a_resumed_file_is_discarded_with_its_generation);
     RUN(direct_write_without_source);
     RUN(direct_write_with_source);
     RUN(direct_write_of_absent_blocks);

@@ -341,10 +341,10 @@ class Space:
         flags = lib.ZB_DROP_HOLES if holes_only else 0
         check(lib.zb_drop(self._handle, lo, hi, flags), "drop pages")
 
-    def remap(self, pieces: Sequence[tuple[int, int, int, int]]) -> None:
-        """Show pages that are filled, and not dirty, from elsewhere, where they have the same bytes."""
-        table = np.array(pieces, _PIECE)
-        check(lib.zb_remap(self._handle, ffi.cast("zb_piece *", table.ctypes.data), len(table)), "map pages")
+    def resume(self, file: str) -> bool:
+        """Have the next generation go on in the last file of the one before, whose path this is; whether it will."""
+        number = file.removeprefix(f"{self._place[0]}/{self._prefix}-")
+        return number.isdecimal() and lib.zb_resume(self._handle, int(number)) == 0
 
     def freeze(self) -> Generation:
         """End the generation. Raises `ScratchError` if a write of it had failed (and freezes nothing)."""

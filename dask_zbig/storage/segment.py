@@ -149,6 +149,11 @@ class FileSource:
         self.length = os.fstat(file.fd).st_size
         self.close = weakref.finalize(self, _drop_file, self._name, self._file, os.getpid())
 
+    def grown(self) -> FileSource:
+        """The same, when more has been written to the file."""
+        self.length = os.fstat(self._file.descriptor().fd).st_size
+        return self
+
     @property
     def path(self) -> str:
         """Where the file is now."""

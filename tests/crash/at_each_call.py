@@ -19,7 +19,10 @@ import sys
 import tempfile
 import traceback
 
+sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
 import scenarios
+import scratch
 import transaction
 import trapping
 
@@ -134,6 +137,7 @@ class Harness:
         gc.collect()  # arrays that were aborted have files while they live
         left = scenarios.unknown_files(os.path.join(place, "db"), db)
         left = [path for path in left if not os.path.basename(path).startswith(but)]
+        left = [path for path in left if os.path.basename(path) not in scratch.in_use()]
         if db is None:
             left += os.listdir(os.path.join(place, "tmp"))
         assert not left, f"left behind: {left}"

@@ -20,6 +20,8 @@ import dask_zbig as dz
 from dask_zbig.memory._native import counters
 from dask_zbig.openfile import OpenFile
 
+from tests.scratch import in_use  # isort: skip
+
 MIB = 1 << 20
 ROW = np.arange(128.0)  # 1 KiB
 
@@ -54,6 +56,28 @@ def mappings():
 def wrote():
     with open("/proc/self/io") as io:
         return next(int(line.split()[1]) for line in io if line.startswith("wchar"))
+
+
+# -- scratch files
+
+
+# guard: OpenFile._resume; removed -> a file for each commit
+def test_small_commits_go_on_in_one_scratch_file(tmp_path):
+    files, names = 0, set()
+    with connected(tmp_path / "x.fs") as (connection, root, manager):
+        root["A"] = array = dz.ZBigArray(64 * MIB, "u1")
+        manager.commit()
+        directory = connection._normal_storage.temporaryDirectory()
+        view = array[:]
+        for n in range(50):
+            view[n * MIB] = n
+            now = {name for name in os.listdir(directory) if name.startswith("zbig")}
+            files, names = max(files, len(now)), names | now
+            manager.commit()
+        assert view[: 50 * MIB : MIB].tolist() == list(range(50))
+        assert in_use() & names
+    assert (files, len(names)) == (1, 2)  # of 32 blocks each
+    assert not [name for name in os.listdir(directory) if name.startswith("zbig")]
 
 
 # -- syncs

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import time
 
 import dask
@@ -15,6 +14,8 @@ import dask_zbig as dz
 from dask_zbig import openfile
 from dask_zbig.memory._native import counters, lib
 from dask_zbig.transaction import manager_of
+
+from tests.scratch import left  # isort: skip
 
 
 @pytest.fixture
@@ -84,7 +85,7 @@ def test_a_freeze_that_is_interrupted(connect, monkeypatch):
             manager.commit()
     manager.abort()
     assert not view.any()
-    assert [f for f in os.listdir(connection._normal_storage.temporaryDirectory()) if f.startswith("zbig")] == []
+    assert left(connection._normal_storage.temporaryDirectory()) == []
     view[1] = 2
     manager.commit()
     assert view[:3].tolist() == [0, 2, 0]

@@ -78,10 +78,10 @@ SAVEPOINTS = (
         transaction.savepoint()
     transaction.commit()
     check(view, TIMES)
-    left = [n for n in os.listdir(os.path.join(path + ".blobs", "tmp")) if n.startswith("zbig")]
-    assert not left, left[:3]
     connection.close()
     connection.db().close()
+    left = [n for n in os.listdir(os.path.join(path + ".blobs", "tmp")) if n.startswith("zbig")]
+    assert not left, left[:3]
 """
 )
 
