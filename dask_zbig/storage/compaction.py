@@ -1,8 +1,9 @@
 """Which small segments of a leaf to join into a larger one, so that many small commits stay cheap to keep.
 
 A leaf is written whole by every commit that changes it, so it must not refer to too many segments. Segments are
-sorted into tiers by size; when a tier of a leaf has `WIDTH` of them, they become one of the next tier. So a byte
-is written again once a tier, a handful of times in its life, however small the commits are.
+sorted into tiers by size; when a tier of a leaf has `WIDTH` of them, they become one of the next tier; `BLOBS`, where
+they become a blob out of blobs. So a byte is written again once a tier, a handful of times in its life, however small
+the commits are.
 """
 
 from __future__ import annotations
@@ -17,9 +18,12 @@ from dask_zbig.storage.segment import SegmentRef
 __all__ = ["BLOB_BYTES", "DONE", "DONE_INLINE", "WIDTH", "to_join"]
 
 WIDTH = 12
+#: Blobs are joined sooner: that adds nothing to what every reader of the database goes through.
+BLOBS = 8
 #: No more than this are joined at once, by one commit: the next ones go on.
 MOST = 256
-#: The smallest tier is of up to so many bytes, each other one of up to `WIDTH` times as many as the one before.
+#: The smallest tier is of up to so many bytes, each other one of up to `WIDTH` (or `BLOBS`) times as many as the one
+#: before.
 _SMALLEST = 512
 #: A joined segment of this size becomes a blob, where there are blobs. Then its bytes are not written twice into what
 #: every reader of the database goes through, and can be read without being unpickled.
@@ -49,25 +53,31 @@ def to_join(
     local
         Whether a segment can be read without asking a server for it: others are left to who has them.
     """
-    if len(refs) < WIDTH:
+    if len(refs) < BLOBS:
         return []
     sizes = np.bincount(extents["segment"], extents["stop"] - extents["start"], len(refs))
     tiers: dict[int, list[int]] = {}
     for i, size in enumerate(sizes.astype(np.int64).tolist()):
         done = DONE_INLINE if refs[i].inline or not blobs else DONE
         if size < done and (blobs or refs[i].inline or 2 * size < refs[i].length):
-            tiers.setdefault(_tier(size), []).append(i)
+            tiers.setdefault(_tier(size, blobs), []).append(i)
     for tier in sorted(tiers):
-        if len(tiers[tier]) >= WIDTH:
+        width = _width(tier, blobs)
+        if len(tiers[tier]) >= width:
             near = [i for i in tiers[tier] if local(refs[i])]
-            if len(near) >= WIDTH:
+            if len(near) >= width:
                 return near[:MOST]
     return []
 
 
-def _tier(size: int) -> int:
+def _width(tier: int, blobs: bool) -> int:
+    """How many segments of a tier are joined."""
+    return BLOBS if blobs and tier > 1 else WIDTH
+
+
+def _tier(size: int, blobs: bool) -> int:
     tier = 0
     while size > _SMALLEST:
-        size //= WIDTH
+        size //= _width(tier, blobs)
         tier += 1
     return tier

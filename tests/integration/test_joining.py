@@ -14,7 +14,7 @@ import pytest
 import transaction
 
 import dask_zbig as dz
-from dask_zbig.storage.compaction import WIDTH
+from dask_zbig.storage.compaction import BLOBS
 
 from tests.scratch import left  # isort: skip
 
@@ -34,7 +34,7 @@ def put(connection, k, size=PIECE):
 
 def make(db, count, size=PIECE):
     connection = connected(db)
-    connection.root()["A"] = dz.ZBigArray(WIDTH * APART, "u1")
+    connection.root()["A"] = dz.ZBigArray(BLOBS * APART, "u1")
     connection.transaction_manager.commit()
     for k in range(count):
         put(connection, k, size)
@@ -55,20 +55,20 @@ def small_blobs():
 def test_a_damaged_blob_stops_nobody_from_changing_others(tmp_path, caplog):
     path = str(tmp_path / "x.fs")
     db = dz.open(path)
-    make(db, WIDTH - 1)
+    make(db, BLOBS - 1)
     db.close()
     os.unlink(blobs_of(path + ".blobs")[0])
     db = dz.open(path)
     connection = connected(db)
     with caplog.at_level(logging.WARNING, "dask_zbig"):
-        put(connection, WIDTH - 1)
+        put(connection, BLOBS - 1)
     assert "not joined" in caplog.text
     connection.close()
     gc.collect()
     assert left(path + ".blobs/tmp") == []
     other = connected(db)
     A = other.root()["A"]
-    for k in range(1, WIDTH):
+    for k in range(1, BLOBS):
         assert (A[k * APART : k * APART + PIECE] == k + 1).all()
     with pytest.raises(dz.LoadError):
         A.prefetch(np.s_[:PIECE])
@@ -77,18 +77,18 @@ def test_a_damaged_blob_stops_nobody_from_changing_others(tmp_path, caplog):
     db.close()
 
 
-# guard: compaction.py `to_join`, `local`; without it -> eleven downloads
+# guard: compaction.py `to_join`, `local`; without it -> seven downloads
 def test_nothing_is_downloaded_to_be_joined(tmp_path):
     with dz.serve(str(tmp_path / "x.fs"), shared_blob_dir=False) as uri:
         db = dz.open(uri)
-        make(db, WIDTH - 1)
+        make(db, BLOBS - 1)
         db.close()
         cache = str(tmp_path / "other")
         os.mkdir(cache)
         with dask.config.set({"zbig.scratch-directory": cache}):
             db = dz.open(uri)
             connection = connected(db)
-            put(connection, WIDTH - 1)
+            put(connection, BLOBS - 1)
             fetched = blobs_of(cache)
             assert len(fetched) <= 1, fetched  # (what it has sent, it may keep)
             assert (connection.root()["A"][:PIECE] == 1).all()
@@ -103,18 +103,18 @@ def test_a_join_that_does_not_fit_leaves_no_file(tmp_path, tiny_disk, caplog):
     caplog.set_level(logging.CRITICAL + 1, "txn")
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    size = 500_000
+    size = 750_000
     with dask.config.set({"zbig.scratch-directory": str(scratch)}):
         db = dz.open(os.path.join(tiny_disk, "x.fs"))
-        make(db, WIDTH - 1, size)
+        make(db, BLOBS - 1, size)
         connection = connected(db)
         last = db.lastTransaction()
         with pytest.raises(OSError, match="space") as error:
-            put(connection, WIDTH - 1, size)
+            put(connection, BLOBS - 1, size)
         assert error.value.errno == errno.ENOSPC
         connection.transaction_manager.abort()
         assert db.lastTransaction() == last
         assert left(scratch) == []  # though `error` holds the frames
-        assert connection.root()["A"][:].sum(dtype="u8") == size * sum(range(1, WIDTH))
+        assert connection.root()["A"][:].sum(dtype="u8") == size * sum(range(1, BLOBS))
         connection.close()
         db.close()

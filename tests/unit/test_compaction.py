@@ -8,7 +8,7 @@ import pytest
 from ZODB.blob import Blob
 
 from dask_zbig.storage import extents as ex
-from dask_zbig.storage.compaction import BLOB_BYTES, DONE, DONE_INLINE, WIDTH, to_join
+from dask_zbig.storage.compaction import BLOB_BYTES, BLOBS, DONE, DONE_INLINE, WIDTH, to_join
 from dask_zbig.storage.segment import InlineSegment, SegmentRef
 
 
@@ -52,9 +52,12 @@ def test_what_is_large_enough_is_never_joined(blobs, size):
 
 
 def test_blobs_are_joined_to_larger_ones():
-    lengths = [BLOB_BYTES] * WIDTH
+    lengths = [BLOB_BYTES] * (BLOBS - 1)
     segments = [SegmentRef(Blob(), n, 0) for n in lengths]
-    assert sorted(to_join(row(lengths), segments, blobs=True)) == list(range(WIDTH))
+    assert to_join(row(lengths), segments, blobs=True) == []
+    lengths = [BLOB_BYTES] * BLOBS
+    segments = [SegmentRef(Blob(), n, 0) for n in lengths]
+    assert sorted(to_join(row(lengths), segments, blobs=True)) == list(range(BLOBS))
     assert to_join(row(lengths), segments, blobs=False) == []  # (there were blobs once: these are no small objects)
 
 
