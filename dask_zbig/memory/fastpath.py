@@ -23,7 +23,7 @@ class FastPath:
     Its methods return None, or False, where the long way must be gone: for what is out of bounds, empty, or not mapped.
     """
 
-    __slots__ = ("_all", "_dtype", "_n", "_one", "_rest", "_row", "_strides", "_writeable", "window")
+    __slots__ = ("_all", "_dtype", "_held", "_n", "_one", "_rest", "_row", "_strides", "_writeable", "window")
 
     def __init__(self, window: Window, shape: tuple[int, ...], dtype: np.dtype[Any], writeable: bool) -> None:
         self.window: Window | None = window  # which keeps the memory
@@ -39,10 +39,20 @@ class FastPath:
             self._one = 0
         self._dtype = dtype
         self._writeable = writeable
+        self._held: Any = None  # the base of views, which takes as long to make as all the rest; see `_view`
 
     def cut(self) -> None:
         """It is no way any more."""
         self.window = None
+        self._held = None
+
+    def _view(self, window: Window, lo: int, hi: int, shape: tuple[int, ...]) -> Any:
+        """A view. Its base stays for the next one, but not when so much was seen that pages should be given back."""
+        view = window.at(lo, hi, shape, self._dtype, self._writeable)
+        self._held = None if window.lavish else view.base
+        if self.window is None:  # another thread has cut it
+            self._held = None
+        return view
 
     def row(self, i: int) -> Any:
         """``array[i]``, or None: a view, or a scalar if there is but one axis."""
@@ -56,7 +66,7 @@ class FastPath:
         if not window.ready(lo, hi):
             return None
         if self._rest:
-            return window.at(lo, hi, self._rest, self._dtype, self._writeable)
+            return self._view(window, lo, hi, self._rest)
         return self._all[i] if self._one else None
 
     def rows(self, index: slice) -> Any:
@@ -67,7 +77,7 @@ class FastPath:
         hi = stop * self._row
         if window is None or step != 1 or hi <= lo or not window.ready(lo, hi):
             return None
-        return window.at(lo, hi, (stop - start, *self._rest), self._dtype, self._writeable)
+        return self._view(window, lo, hi, (stop - start, *self._rest))
 
     def item(self, index: tuple[Any, ...]) -> Any:
         """``array[index]`` of integers, one for each axis, or None: a scalar."""

@@ -140,13 +140,18 @@ class Window:
             self._bases[writeable] = weakref.ref(base)
         return base
 
+    @property
+    def lavish(self) -> bool:
+        """Whether so much was seen that pages are given back when the last view is gone."""
+        return self._seen >= RELEASE_BYTES
+
     def saw(self, size: int) -> None:
         """A view of `size` bytes is made."""
         self._seen += size
 
     def _idle_again(self, _: object) -> None:
         """The last view is gone. Clean pages that stay mapped look like a leak to whoever watches the process."""
-        if self._seen >= RELEASE_BYTES:
+        if self.lavish:
             self.release()
 
     @property

@@ -43,6 +43,33 @@ def is_cut(array):
     return path is None or path.window is None
 
 
+# guard: FastPath.cut, `_held = None`; removed -> the window is not idle after the commit
+def test_the_base_of_views_stays_for_a_transaction(user):
+    A = user.root["A"]
+    hot(A)
+    window = A.__dict__["_v_path"].window
+    first = A[3:9].base
+    assert A[10:20].base is first
+    assert not window.idle
+    del first
+    user.commit()
+    assert window.idle
+
+
+# guard: FastPath._view, `lavish`; removed -> the pages stay for as long as the transaction lasts
+def test_pages_are_given_back_in_a_long_transaction(clients):
+    clients.new(64 << 20, "u1", name="B")
+    B = clients.connect().root["B"]
+    hot(B)
+    window = B.__dict__["_v_path"].window
+    step, idle = 1 << 20, 0
+    for at in range(0, 64 << 20, step):
+        assert not B[at : at + step].any()
+        idle += window.idle
+    assert 3 <= idle <= 6
+    assert is_cut(B) or not window.lavish
+
+
 @pytest.mark.parametrize("name", ["A", "V"])
 def test_it_gives_what_numpy_gives(user, name):
     A = user.root[name]
