@@ -17,6 +17,7 @@ import json
 import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any, Literal, overload
 
 import dask.config
@@ -36,15 +37,19 @@ class Option:
     doc: str
 
 
+_timedelta = lru_cache(64)(partial(parse_timedelta, default="s"))  # (options are asked for by every commit)
+_bytes = lru_cache(64)(parse_bytes)
+
+
 def _seconds(value: Any) -> float:
-    seconds = float(parse_timedelta(value, default="s"))
+    seconds = float(_timedelta(value) if isinstance(value, str) else parse_timedelta(value, default="s"))
     if not seconds > 0:
         raise ValueError("it must be more than 0 seconds")
     return seconds
 
 
 def _size(value: Any) -> int:
-    size = int(parse_bytes(value))
+    size = int(_bytes(value) if isinstance(value, str) else parse_bytes(value))
     if size < 0:
         raise ValueError("a size cannot be negative")
     return size

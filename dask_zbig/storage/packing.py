@@ -32,7 +32,7 @@ _MOVED_ROW = np.dtype([("gap", "<u4"), ("length", "<u4"), ("oid", "<u8"), ("offs
 _LEAVES = 1 << 37
 #: A table of so few extents and segments is made, and read, number by number: NumPy's calls would take five times as
 #: long. What comes out is the same.
-FEW = 32
+FEW = 72
 _ONE_ROW = struct.Struct("<IIIQ")
 _WORD = (1 << 64) - 1
 _LEVEL = 3  # half the time of 6, for a few bytes more

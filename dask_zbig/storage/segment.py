@@ -12,6 +12,7 @@ import os
 import stat
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -47,6 +48,9 @@ REVISIONS = 16
 _STEP = 8 << 20
 #: So many objects are asked for ahead at once.
 AHEAD = 4096
+#: So many segments of at most `SMALL` bytes stay in memory once they were read: a commit compares a page with all that
+#: the commits before have put there.
+RECENT, SMALL = 32, 4096
 #: A blob that came damaged is fetched again: a server that is restarted may spoil several downloads in a row.
 _DOWNLOADS = 4
 
@@ -309,6 +313,7 @@ class SegmentReader:
         #: Whether it is of use to tell it what is going to be read.
         self.expects = not self._native and hasattr(storage, "prefetch")
         self._sources: weakref.WeakValueDictionary[_Identity, SegmentSource] = weakref.WeakValueDictionary()
+        self._recent: deque[SegmentSource] = deque(maxlen=RECENT)  # small inline ones, which are read again and again
         self._serials: dict[_Identity, bytes] = {}
         self._verified: set[_Identity] = set()
 
@@ -321,6 +326,8 @@ class SegmentReader:
         source = self._sources.get(identity)
         if source is None:
             source = self._sources.setdefault(identity, SegmentSource(self, oid, ref))
+            if ref.inline and ref.length <= SMALL:
+                self._recent.append(source)
         return source
 
     def expect(self, refs: Iterable[SegmentRef]) -> None:

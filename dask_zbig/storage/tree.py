@@ -185,14 +185,28 @@ class ExtentLeaf(_Watched):
         ref = refs[number]
         if ref.key in keys:
             return False
-        spliced = ex.splice(self.extents, ex.make([(start, stop, len(self.refs), offset)]))
-        segments, at = spliced["segment"], int(spliced["start"].searchsorted(start))
-        if not all((segments == s).any() for s in ex.used(ex.clip(self.extents, start, stop)).tolist()):
+        old = self.extents
+        first = int(old["stop"].searchsorted(np.uint64(start), "right"))
+        last = int(old["start"].searchsorted(np.uint64(stop)))
+        over = old[first:last].tolist()  # what it lies over
+        pieces = []  # what is left of that
+        for a, b, segment, at in over:
+            if a < start:
+                pieces.append((a, start, segment, at))
+            if stop < b:
+                pieces.append((stop, b, segment, at + stop - a))
+        before = first + bool(pieces and pieces[0][0] < start)
+        middle = np.array(
+            [*pieces[: before - first], (start, stop, len(self.refs), offset), *pieces[before - first :]], ex.EXTENT
+        )
+        spliced = np.concatenate([old[:first], middle, old[last:]], dtype=ex.EXTENT)
+        segments = spliced["segment"]
+        if not all((segments == s).any() for s in {s for a, b, s, _ in over if start <= a and b <= stop}):
             return False
         # Numbered by first appearance, as `_replace` does: if the others are.
-        place = int(segments[:at].max()) + 1 if at else 0
+        place = int(segments[:before].max()) + 1 if before else 0
         segments += segments >= place
-        segments[at] = place
+        segments[before] = place
         self.move = self.move.older()
         self.extents = spliced
         self.refs = (*self.refs[:place], ref, *self.refs[place:])
