@@ -52,10 +52,14 @@ def write_plain(place: Place) -> dict[str, Any]:
     return result
 
 
-def _view(array: Any, mib: int) -> dict[str, Any]:
+def _view(array: Any, mib: int, copies: int = 1) -> dict[str, Any]:
     view = array[:]
     before = counters()
-    result = fill(mib, lambda at, data: view.__setitem__(slice(at, at + len(data)), data), transaction.commit)
+
+    def put(at: int, data: np.ndarray) -> None:
+        view[at : at + len(data)] = data
+
+    result = fill(mib, put, transaction.commit, copies=copies)
     faults = counters()["write_faults"] - before["write_faults"]
     return result | {"faults": faults, "faults_per_mib": faults / mib}
 
@@ -108,7 +112,7 @@ def write_zeo_cache(place: Place) -> dict[str, Any]:
     """dask_zbig over ZEO with a blob cache of the client's own: blobs are uploaded; the server syncs them."""
     cache = place.path("write-cache")
     with served(place.path("zeo-cache.fs"), cache=cache) as uri, opened(uri) as connection:
-        result = _view(new_array(connection, place.mib << 17), place.mib)
+        result = _view(new_array(connection, place.mib << 17), place.mib, copies=2)
         check(float(connection.root()["A"].sum()), place.mib)
     discard(place.path("zeo-cache.fs"))
     discard(cache)

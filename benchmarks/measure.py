@@ -45,10 +45,13 @@ def warm(size: int) -> None:
         np.frombuffer(memory, "u1")[...] = 1
 
 
-def fill(mib: int, put: Put, sync: Callable[[], object]) -> dict[str, float]:
-    """Put the source at every 64 MiB, and sync after each: seconds, those of the syncs, and the rest."""
+def fill(mib: int, put: Put, sync: Callable[[], object], *, copies: int = 1) -> dict[str, float]:
+    """Put the source at every 64 MiB, and sync after each: seconds, those of the syncs, and the rest.
+
+    `copies`: how many times it will lie in the page cache.
+    """
     data, synced = source(), 0.0
-    warm(mib << 21)
+    warm((mib << 21) * copies)
     start = time.perf_counter()
     for at in range(0, mib << 17, len(data)):
         put(at, data)
