@@ -13,7 +13,7 @@ import transaction
 
 import dask_zbig as dz
 from benchmarks.bulk import new_array
-from benchmarks.measure import STEP, Peak, anonymous, discard, mappings, median_of, opened, source
+from benchmarks.measure import STEP, Peak, anonymous, discard, mappings, median_of, opened, source, warm
 from benchmarks.model import Place, side
 from dask_zbig.memory._native import counters
 
@@ -113,6 +113,7 @@ def fragments_read(place: Place) -> dict[str, Any]:
 def _fragments(place: Place) -> dict[str, float]:
     with opened(place.path("fragments.fs")) as connection:
         array, faults = connection.root()["A"], counters()["read_faults"]
+        warm(_pages(place) << 12)
         start = time.perf_counter()
         view = array[:]
         viewed = time.perf_counter() - start
@@ -130,7 +131,7 @@ def _fragments(place: Place) -> dict[str, float]:
 # -- commit cost against bytes changed
 
 
-@side("change.sizes", warm=4, once=True)
+@side("change.sizes", once=True)
 def change_sizes(place: Place) -> dict[str, Any]:
     """dask_zbig: 4 KiB ... 4 GiB of an array of 8 GiB changed through a view, and committed; fsync as in write.view."""
     data = source()
@@ -171,6 +172,8 @@ def change_sizes(place: Place) -> dict[str, Any]:
 
 def _change(view: np.ndarray, size: int, i: int) -> tuple[float, float, int]:
     """Change so many bytes, commit: seconds of both, of the commit, and the most anonymous memory that took."""
+    if size >= STEP:
+        warm(size)
     with Peak() as peak:
         start = time.perf_counter()
         view[: size // 8] = i + 2

@@ -132,11 +132,12 @@ class SegmentWriter:
 
     @staticmethod
     def _dense(extents: npt.NDArray[np.void], sources: Sequence[Source]) -> list[int]:
-        """The scratch files that are worth keeping whole: no more than half of them is unused."""
+        """The scratch files that are worth keeping whole: no more than half of them is unused, and none is old."""
         live = np.zeros(len(sources), np.int64)
         np.add.at(live, extents["segment"], (extents["stop"] - extents["start"]).astype(np.int64))
         used = ex.used(extents).tolist()
-        return [i for i in used if isinstance(sources[i], FileSource) and 2 * live[i] >= sources[i].length]
+        files = [(i, source) for i in used if isinstance(source := sources[i], FileSource)]
+        return [i for i, source in files if not source.shared and 2 * live[i] >= source.length]
 
     def _whole(self, extents: npt.NDArray[np.void], sources: Sequence[Source]) -> None:
         """Scratch files become blobs as they are: no byte is copied."""

@@ -38,7 +38,7 @@ from dask_zbig.storage.filestorage import FileStorage, blob_directory
 from dask_zbig.storage.transfers import Steps
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from dask_zbig.uris import Address
 
@@ -231,7 +231,7 @@ class _ClientHandler(ZEOStorage):  # type: ignore[misc]  # ZEO ships no types
     # What a client uploads goes into a file in large steps, and towards the disk, while it comes.
 
     blob_tempfile: tuple[int, str] | None
-    _upload: Steps
+    _upload: Steps | None = None
 
     def storeBlobStart(self) -> None:  # noqa: N802 - ZEO's name
         """A blob is going to come."""
@@ -241,22 +241,41 @@ class _ClientHandler(ZEOStorage):  # type: ignore[misc]  # ZEO ships no types
 
     def storeBlobChunk(self, chunk: bytes) -> None:  # noqa: N802 - ZEO's name
         """A piece of a blob has come."""
-        self._upload.add(chunk)
+        with self._uploading() as upload:
+            upload.add(chunk)
 
     def storeBlobEnd(self, oid: bytes, serial: bytes, data: bytes, id: int) -> None:  # noqa: A002, N802 - ZEO's
         """All of a blob has come."""
-        self._upload.flush()
-        super().storeBlobEnd(oid, serial, data, id)
+        with self._uploading() as upload:
+            upload.flush()
+            self._upload = None  # before its descriptor is closed, and may be another file's
+            super().storeBlobEnd(oid, serial, data, id)
+
+    @contextlib.contextmanager
+    def _uploading(self) -> Iterator[Steps]:
+        """If this fails ZEO closes the connection, and tells us no more of it."""
+        try:
+            if self._upload is None:
+                raise ValueError("a piece of a blob has come, of which the beginning has not")
+            yield self._upload
+        except BaseException:
+            self._forget_upload()
+            raise
 
     def notify_disconnected(self) -> None:
-        """The client has gone: remove what it had not uploaded to the end."""
+        """The client has gone."""
+        self._forget_upload()
+        super().notify_disconnected()
+
+    def _forget_upload(self) -> None:
+        """Remove what was not uploaded to the end."""
+        self._upload = None
         if self.blob_tempfile is not None:
             fd, path = self.blob_tempfile
             self.blob_tempfile = None
             os.close(fd)
             with contextlib.suppress(OSError):
                 os.unlink(path)
-        super().notify_disconnected()
 
 
 def _context(credentials: tls.Credentials) -> Any:

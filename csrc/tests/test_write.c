@@ -425,6 +425,8 @@ static void the_scratch_directory_moves_between_generations(void)
     end();
 }
 
+static uint64_t offset; /* where in it */
+
 /* A generation of one page, in a file that keeps its name; its number. */
 static uint64_t one_page(uint64_t block, unsigned char byte)
 {
@@ -432,15 +434,16 @@ static uint64_t one_page(uint64_t block, unsigned char byte)
     freeze();
     CHECK_EQ(nruns, 1);
     CHECK_EQ(last - first, 1);
+    offset = runs[0].offset;
     zb_runs_free(runs);
     return first;
 }
 
-static unsigned char in_file(uint64_t number, uint64_t offset)
+static unsigned char in_file(uint64_t number, uint64_t place)
 {
     unsigned char byte;
     int fd = fx_scratch_open(ID, number);
-    CHECK_EQ(pread(fd, &byte, 1, (off_t)offset), 1);
+    CHECK_EQ(pread(fd, &byte, 1, (off_t)place), 1);
     close(fd);
     return byte;
 }
@@ -454,7 +457,7 @@ static void a_generation_goes_on_in_the_file_of_the_one_before(void)
         CHECK_OK(zb_resume(s, file));
         CHECK_EQ(zb_resume(s, file), -EBUSY);
         CHECK_EQ(one_page(n % 3, (unsigned char)(n + 1)), file);
-        CHECK_EQ(runs[0].offset, n * B + 3 * P); /* behind what lies there */
+        CHECK_EQ(offset, n * B + 3 * P); /* behind what lies there */
     }
     for (unsigned n = 0; n < ZB_SLOTS_PER_FILE; n++) CHECK_EQ(in_file(file, n * B + 3 * P), n + 1);
     CHECK_EQ(zb_resume(s, file), -ENOSPC);

@@ -78,6 +78,6 @@ def _width(tier: int, blobs: bool) -> int:
 def _tier(size: int, blobs: bool) -> int:
     tier = 0
     while size > _SMALLEST:
-        size //= _width(tier, blobs)
         tier += 1
+        size //= _width(tier, blobs)  # so what is joined leaves its tier
     return tier

@@ -148,14 +148,17 @@ class FileSource:
     def __init__(self, path: str) -> None:
         self._name = _Name(path)
         self._file = Reopened(self._name.open)
+        self.shared = False  # with the changes of transactions before
         # Its very first use: that the file is there, and which file it is, is known from now on.
         file = self._file.descriptor()
         self.length = os.fstat(file.fd).st_size
         self.close = weakref.finalize(self, _drop_file, self._name, self._file, os.getpid())
 
     def grown(self) -> FileSource:
-        """The same, when more has been written to the file."""
-        self.length = os.fstat(self._file.descriptor().fd).st_size
+        """The same, when another generation has been written to the file, behind what was there."""
+        file = self._file.descriptor()
+        self.length = os.fstat(file.fd).st_size
+        self.shared = True
         return self
 
     @property

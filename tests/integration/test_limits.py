@@ -40,7 +40,7 @@ FEW = """
     import dask_zbig as dz
 
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
-    BLOCK, TIMES = 6 << 20, 1500  # apart, so that a leaf has too few segments for them to be joined
+    BLOCK, TIMES = 10 << 20, 1500  # apart, so that a leaf has too few segments for them to be joined
     path, large = sys.argv[1], int(sys.argv[2])
 
     def opened():

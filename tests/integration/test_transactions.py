@@ -849,6 +849,21 @@ def test_no_scratch_file_is_left(clients):
     assert clients.scratch() == []
 
 
+# guard: FileSource.shared; removed -> a blob of 16 MiB
+def test_a_large_change_that_goes_on_in_a_scratch_file_is_stored_alone(local, tmp_path):
+    local.new(16 * MIB, "u1")
+    client = local.connect()
+    view = client.root["A"][:]
+    for n in range(4):
+        view[n * 5000] = 1
+        client.commit()
+    view[4 * MIB : 12 * MIB] = 9
+    client.commit()
+    assert sum(blob.stat().st_size for blob in (tmp_path / "x.fs.blobs").rglob("*.blob")) <= 8 * MIB + 65536
+    other = client.owner.connect(other=True).root["A"][:]
+    assert other.sum() == 4 + 9 * 8 * MIB
+
+
 # guard: Layer of a savepoint has the scratch file, though the next generation is undone; `_scratch = None` in rollback
 @pytest.mark.parametrize("end", ["rollback", "abort", "commit"])
 def test_changes_in_a_scratch_file_that_goes_on(clients, end):

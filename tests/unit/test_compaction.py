@@ -8,7 +8,7 @@ import pytest
 from ZODB.blob import Blob
 
 from dask_zbig.storage import extents as ex
-from dask_zbig.storage.compaction import BLOB_BYTES, BLOBS, DONE, DONE_INLINE, WIDTH, to_join
+from dask_zbig.storage.compaction import BLOB_BYTES, BLOBS, DONE, DONE_INLINE, WIDTH, _tier, _width, to_join
 from dask_zbig.storage.segment import InlineSegment, SegmentRef
 
 
@@ -59,6 +59,14 @@ def test_blobs_are_joined_to_larger_ones():
     segments = [SegmentRef(Blob(), n, 0) for n in lengths]
     assert sorted(to_join(row(lengths), segments, blobs=True)) == list(range(BLOBS))
     assert to_join(row(lengths), segments, blobs=False) == []  # (there were blobs once: these are no small objects)
+
+
+# guard: `_tier` divides by the width of the tier that is entered; by that of the one before -> the same tier again
+@pytest.mark.parametrize("blobs", [True, False])
+def test_what_is_joined_leaves_its_tier(blobs):
+    for size in range(1, 100_000, 7):
+        tier = _tier(size, blobs)
+        assert _tier(size * _width(tier, blobs), blobs) > tier or size * _width(tier, blobs) <= 512, size
 
 
 def test_blobs_of_which_little_is_left_are_joined():

@@ -393,11 +393,11 @@ def test_progress(pair):
 
 
 def test_chunks_that_lie_in_short_pieces_are_cut_anew(local):
-    local.new((4000, 500), "f8")
+    local.new((4000, 700), "f8")
     client = local.connect()
     A = client.root["A"]
-    data = np.random.default_rng(0).random((4000, 500))
-    columns = da.from_array(data, chunks=(4000, 50))
+    data = np.random.default_rng(0).random((4000, 700))  # segments of 2.2 MB: smaller ones would be joined
+    columns = da.from_array(data, chunks=(4000, 70))
     for rechunk, segments in [("auto", 10), (True, 10), (False, 10)]:
         result = dz.to_zbigarray(columns, A, rechunk=rechunk)
         assert result.segments == segments
@@ -405,7 +405,7 @@ def test_chunks_that_lie_in_short_pieces_are_cut_anew(local):
         client.commit()
         extents = sum(len(leaf.extents) for _, leaf in A._file.leaves(0, A.nbytes))
         assert extents == (40_000 if rechunk is False else 10)
-    rows = da.from_array(data, chunks=(400, 500))  # nothing to gain
+    rows = da.from_array(data, chunks=(400, 700))  # nothing to gain
     assert dz.to_zbigarray(rows, A).segments == 10
     client.abort()
 

@@ -364,3 +364,24 @@ def test_an_oid_that_was_given_to_another_segment(tmp_path, request, kind, make)
         new = segments.source(ref_to(make(), oid, other))
         assert new.read(0, 100) == other[:100]
         assert old.read(0, 100) == DATA[:100]
+
+
+# guard: FileSource.grown holds the descriptor; `descriptor().fd` -> it is another file's by the time it is used
+def test_the_length_of_a_file_that_has_grown_is_its_own(tmp_path, monkeypatch):
+    path = tmp_path / "scratch"
+    path.write_bytes(bytes(100))
+    source = FileSource(str(path))
+    with open(path, "ab") as file:
+        file.write(bytes(50))
+    fstat, other = os.fstat, []
+
+    def late(fd):
+        close_unused()
+        other.append(open(tmp_path / "other", "wb"))  # noqa: SIM115 - which gets the number, if it is free
+        return fstat(fd)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dask_zbig.storage.segment.os.fstat", late)
+        assert source.grown().length == 150
+    for file in other:
+        file.close()

@@ -9,6 +9,7 @@ import socket
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import dask
 import pytest
@@ -18,6 +19,7 @@ from ZODB.utils import maxtid, p64, z64
 
 import dask_zbig as dz
 from dask_zbig.database import sync
+from dask_zbig.zeoserver import _ClientHandler
 
 from tests.proxy import Proxy, Trouble  # isort: skip
 
@@ -116,6 +118,47 @@ def test_an_upload_that_is_cut_off_leaves_nothing_at_the_server(tmp_path):
         left = [os.path.join(path, name) for path, _, names in os.walk(tmp_path) for name in names]
         assert not [name for name in left if os.path.basename(os.path.dirname(name)) == "tmp"], left
         connection.close()
+
+
+# guard: zeoserver.py, `_uploading`; removed -> what came of the blob stays on the full disk, open
+def test_an_upload_that_fails_leaves_nothing_at_the_server(tmp_path, tiny_disk):
+    with contextlib.ExitStack() as stack:
+        uri = stack.enter_context(dz.serve(os.path.join(tiny_disk, "x.fs"), shared_blob_dir=False))
+        stack.enter_context(dask.config.set({"zbig.scratch-directory": str(tmp_path)}))
+        db = stack.enter_context(contextlib.closing(dz.open(uri)))
+        connection = db.open(transaction.TransactionManager())
+        connection.root()["A"] = A = dz.ZBigArray(16 << 20, "u1")
+        A[:] = 7
+        with pytest.raises(ClientDisconnected):
+            connection.transaction_manager.commit()
+        connection.transaction_manager.abort()
+        sync(db)
+        assert os.listdir(os.path.join(tiny_disk, "x.fs.blobs", "tmp")) == []
+        connection.root()["A"] = A = dz.ZBigArray(5 << 20, "u1")  # there is room for it again
+        A[:] = 7
+        connection.transaction_manager.commit()
+        connection.close()
+
+
+# guard: zeoserver.py, `_upload = None`; removed -> written to whatever file has the descriptor's number now
+def test_a_piece_without_a_beginning_is_refused(tmp_path):
+    handler = _ClientHandler(SimpleNamespace(client_conflict_resolution=False), False)
+    handler.storage = SimpleNamespace(temporaryDirectory=lambda: str(tmp_path))
+    handler.txnlog, handler.blob_log = object(), []
+    handler._check_tid = lambda *args, **kwargs: None
+    handler.storeBlobStart()
+    handler.storeBlobChunk(b"abc")
+    number = handler.blob_tempfile[0]
+    handler.storeBlobEnd(bytes(8), bytes(8), b"", 1)
+    [(_, _, _, path)] = handler.blob_log
+    with open(path, "rb") as file:
+        assert file.read() == b"abc"
+    with open(tmp_path / "other", "w+b", buffering=0) as other:
+        assert other.fileno() == number
+        for _ in range(40):
+            with pytest.raises(ValueError, match="beginning"):
+                handler.storeBlobChunk(bytes(59_000))
+        assert os.fstat(number).st_size == 0
 
 
 def test_what_is_opened_while_the_server_is_away_can_be_written_to(opened):
