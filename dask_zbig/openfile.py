@@ -587,7 +587,7 @@ class OpenFile:
         self.manager = manager
         self.turn = manager.turn
         self.reader = manager.reader
-        self.space.need_not_last(not manager.durable)
+        self.space.set_transient(not manager.durable)
         if not self.space.dirty_pages:
             self.space.move_scratch(manager.scratch)
 

@@ -283,7 +283,7 @@ class Space:
         self._holds.append(hold)
         self._holds.pop(0).release()
 
-    def need_not_last(self, transient: bool) -> None:
+    def set_transient(self, transient: bool) -> None:
         """Whether scratch files need never get to the disk: a server keeps what is written."""
         lib.zb_space_transient(self._handle, transient)
 

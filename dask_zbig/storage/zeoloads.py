@@ -101,19 +101,8 @@ class Loads(ClientStorage):  # type: ignore[misc]  # ZEO ships no types
 
     def loadBlob(self, oid: bytes, serial: bytes) -> Any:  # noqa: N802 - ZODB's name
         """The path of a blob's file."""
-        with self._downloading(oid, serial):
-            return super().loadBlob(oid, serial)
-
-    def openCommittedBlobFile(self, oid: bytes, serial: bytes, blob: Any = None) -> Any:  # noqa: N802 - ZODB's name
-        """A blob's file, open."""
-        with self._downloading(oid, serial):
-            return super().openCommittedBlobFile(oid, serial, blob)
-
-    @contextlib.contextmanager
-    def _downloading(self, oid: bytes, serial: bytes) -> Iterator[None]:
-        """If a blob is not there in the end because it could not be written, say that."""
         try:
-            yield
+            return super().loadBlob(oid, serial)
         except POSKeyError:
             error = self._refused.pop((oid, serial), None)
             if error is None:

@@ -78,10 +78,11 @@ SAVEPOINTS = (
         transaction.savepoint()
     transaction.commit()
     check(view, TIMES)
-    connection.close()
+    for most in (1, 0):  # one may be there to be gone on with
+        left = [n for n in os.listdir(os.path.join(path + ".blobs", "tmp")) if n.startswith("zbig")]
+        assert len(left) <= most, left[:3]
+        connection.close()
     connection.db().close()
-    left = [n for n in os.listdir(os.path.join(path + ".blobs", "tmp")) if n.startswith("zbig")]
-    assert not left, left[:3]
 """
 )
 
