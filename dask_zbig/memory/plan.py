@@ -85,20 +85,31 @@ def _direct(
     extents: npt.NDArray[np.void], sources: Sequence[Source], lo: int, hi: int
 ) -> Iterator[tuple[int, int, int, int]]:
     """The stretches (start, stop, source, offset) that can be mapped straight from files."""
-    rows = extents.tolist()
-    for i, (start, stop, index, offset) in enumerate(rows):
-        if (start - offset) % PAGE or stop - start < MIN_DIRECT:
-            continue
+    starts, stops = extents["start"], extents["stop"]
+    fit = (starts - extents["offset"]) % np.uint64(PAGE) == 0
+    fit &= stops - starts >= MIN_DIRECT
+    rows = extents[fit].tolist()
+    after = np.append(starts[1:], np.uint64(hi))[fit].tolist()
+    for (start, stop, index, offset), next_start in zip(rows, after, strict=True):
         source = sources[index]
         first, last = _up(start), _down(stop)
         ends_file = offset + (stop - start) == source.length
-        next_start = rows[i + 1][0] if i + 1 < len(rows) else hi
         if ends_file and last < stop <= hi and next_start >= _up(stop):
             last = _up(stop)  # the kernel shows zeros after a file's end, as the hole there wants
         first, last = max(first, lo), min(last, hi)
         if last - first < MIN_DIRECT or not source.in_file:
             continue
         yield first, last, index, offset + (first - start)
+
+
+def _touched(extents: npt.NDArray[np.void]) -> Iterator[tuple[int, int]]:
+    """The runs of pages that some extent touches."""
+    if not len(extents):
+        return iter(())
+    page = np.uint64(PAGE)
+    firsts, lasts = extents["start"] // page * page, (extents["stop"] + (page - np.uint64(1))) // page * page
+    apart = np.flatnonzero(firsts[1:] > lasts[:-1])
+    return zip(firsts[np.append(0, apart + 1)].tolist(), lasts[np.append(apart, -1)].tolist(), strict=True)
 
 
 def plan(extents: npt.NDArray[np.void], sources: Sequence[Source], lo: int, hi: int) -> list[Piece]:
@@ -119,17 +130,9 @@ def plan(extents: npt.NDArray[np.void], sources: Sequence[Source], lo: int, hi: 
         Sorted, adjacent, covering [lo, hi).
     """
     direct = list(_direct(extents, sources, lo, hi))
-    # Pages that some extent touches, merged to runs; what `direct` leaves of them is to be composed.
-    touched: list[list[int]] = []
-    for start, stop in zip(extents["start"].tolist(), extents["stop"].tolist(), strict=True):
-        first, last = _down(start), _up(stop)
-        if touched and first <= touched[-1][1]:
-            touched[-1][1] = max(touched[-1][1], last)
-        else:
-            touched.append([first, last])
     pieces: list[Piece] = []
     at, d = lo, 0
-    for first, last in touched:
+    for first, last in _touched(extents):  # what `direct` leaves of these is to be composed
         if at < first:
             pieces.append(Piece(at, first, "hole"))
             at = first
