@@ -41,9 +41,11 @@ __all__ = [
 ]
 
 _KEY = np.dtype("<u2")
-#: A resize makes this many leaves ahead (4 GiB): writers of different bytes conflict only where both would
-#: make the same leaf.
+#: A resize makes all leaves of what is new ahead, if these are so many at most (4 GiB), for writers of different bytes
+#: conflict where both would make the same leaf.
 LEAVES_AHEAD = 64
+#: Of more it makes the first ones (1 GiB): whoever views a sparse array loads them all, and the rest is a hole anyway.
+FIRST_AHEAD = 16
 #: A leaf notes where this many runs of bytes were before they were joined; of more it does not.
 MAX_MOVED = 64
 
@@ -440,7 +442,7 @@ class ZBigFile(_Watched):
     # -- changing
 
     def reserve(self, size: int, grown_from: int = 0) -> None:
-        """Make the tree deep enough for `size` bytes, with the first leaves of what is new.
+        """Make the tree deep enough for `size` bytes, with the leaves of what is new, or the first of them.
 
         It is whoever changes the size that changes the tree's shape; so writers of data need not, and do not
         conflict with each other over it.
@@ -451,7 +453,7 @@ class ZBigFile(_Watched):
             return
         first = grown_from // LEAF_BYTES
         last = -(-size // LEAF_BYTES)
-        for index in range(first, min(last, first + LEAVES_AHEAD)):
+        for index in range(first, last if last - first <= LEAVES_AHEAD else first + FIRST_AHEAD):
             self.leaf(index)
 
     def _deepen(self) -> None:

@@ -19,6 +19,8 @@ from dask_zbig.storage.format import FANOUT, LEAF_BYTES, LEAF_VERSION, VERSION
 from dask_zbig.storage.leafstate import MOVED, LeafState
 from dask_zbig.storage.segment import InlineSegment, SegmentRef, checksum
 from dask_zbig.storage.tree import (
+    FIRST_AHEAD,
+    LEAVES_AHEAD,
     ExtentLeaf,
     ExtentNode,
     Journal,
@@ -319,6 +321,16 @@ def test_reserve_makes_the_tree_deep_enough():
     assert [i for i, _ in file.leaves(0, 1 << 50)] == [0, 1]
     file.reserve((1 << 63) - 1, LEAF_BYTES + 1)
     assert FANOUT**file.depth * LEAF_BYTES >= 1 << 63
+
+
+@pytest.mark.parametrize(
+    ("leaves", "made"), [(LEAVES_AHEAD, LEAVES_AHEAD), (LEAVES_AHEAD + 1, FIRST_AHEAD), (1 << 24, FIRST_AHEAD)]
+)
+def test_reserve_makes_all_leaves_of_what_is_new_or_the_first_of_very_many(leaves, made):
+    file = ZBigFile()
+    file.reserve(2 * LEAF_BYTES)
+    file.reserve((2 + leaves) * LEAF_BYTES, 2 * LEAF_BYTES)
+    assert [i for i, _ in file.leaves(0, 1 << 60)] == list(range(2 + made))
 
 
 def test_a_new_file_cannot_be_pickled():
