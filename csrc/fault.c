@@ -163,13 +163,15 @@ ZB_IN_HANDLER static bool poison(zb_window *w, uint64_t b)
     if (zb_block_absent(w, b)) return false;
     uint32_t slotno = ZB_SLOT(w->table[b]);
     static const zb_slot none;
+    int fd = zb_poison_fd();
+    if (fd < 0) return false;
     const zb_slot *slot = slotno ? &w->space->slots[slotno - 1] : &none;
     for (unsigned p = 0, q; p < ZB_PAGES_PER_BLOCK; p = q) {
         q = zb_same(slot, p, ZB_PAGES_PER_BLOCK);
         if (zb_is_dirty(slot, p)) continue;
         zb_counted(w, 2);
         if (mmap(w->base + b * ZB_BLOCK + p * ZB_PAGE, (q - p) * ZB_PAGE, PROT_READ, MAP_PRIVATE | MAP_FIXED,
-                 zb_g.poison_fd, (off_t)(p * ZB_PAGE)) == MAP_FAILED)
+                 fd, (off_t)(p * ZB_PAGE)) == MAP_FAILED)
             return false;
     }
     w->table[b] = ZB_ENTRY(slotno, ZB_CLEAN);

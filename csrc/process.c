@@ -6,6 +6,9 @@
 
 struct zb_globals zb_g = {.poison_fd = -1};
 __thread uint32_t zb_busy __attribute__((tls_model("initial-exec")));
+static unsigned char poison_page[ZB_PAGE];
+static struct iovec poison_all[ZB_PAGES_PER_BLOCK];
+static atomic_bool poison_filled;
 
 /* -- fork ----------------------------------------------------------------------------------------------------- */
 
@@ -40,26 +43,29 @@ static void fork_child(void)
 
 /* -- process -------------------------------------------------------------------------------------------------- */
 
+/* The bytes come later: to write them takes longer than most of what the first view does. */
 static int make_poison(void)
 {
     int fd = memfd_create("zbig-poison", MFD_CLOEXEC);
     if (fd < 0) return -errno;
-    unsigned char page[ZB_PAGE];
-    struct iovec all[ZB_PAGES_PER_BLOCK]; /* one call for the block: it is part of how long the first view takes */
-    memset(page, 0xFF, sizeof page);
-    for (unsigned i = 0; i < ZB_PAGES_PER_BLOCK; i++) all[i] = (struct iovec){page, sizeof page};
-    for (unsigned done = 0; done < ZB_PAGES_PER_BLOCK;) {
-        ssize_t n = pwritev(fd, all + done, (int)(ZB_PAGES_PER_BLOCK - done), (off_t)(done * ZB_PAGE));
-        if (n < 0 && errno == EINTR) continue;
-        if (n < (ssize_t)ZB_PAGE) {
-            int e = n < 0 ? errno : EIO;
-            close(fd);
-            return -e;
-        }
-        done += (unsigned)((size_t)n / ZB_PAGE); /* (a page of which a part was written is written again) */
-    }
+    memset(poison_page, 0xFF, sizeof poison_page);
+    for (unsigned i = 0; i < ZB_PAGES_PER_BLOCK; i++) poison_all[i] = (struct iovec){poison_page, sizeof poison_page};
     zb_g.poison_fd = fd;
     return 0;
+}
+
+ZB_IN_HANDLER int zb_poison_fd(void)
+{
+    if (atomic_load(&poison_filled)) return zb_g.poison_fd;
+    for (unsigned done = 0; done < ZB_PAGES_PER_BLOCK;) { /* (several threads at once write the same) */
+        ssize_t n = pwritev(zb_g.poison_fd, poison_all + done, (int)(ZB_PAGES_PER_BLOCK - done),
+                            (off_t)(done * ZB_PAGE));
+        if (n < 0 && errno == EINTR) continue;
+        if (n < (ssize_t)ZB_PAGE) return n < 0 ? -errno : -EIO;
+        done += (unsigned)((size_t)n / ZB_PAGE); /* (a page of which a part was written is written again) */
+    }
+    atomic_store(&poison_filled, true);
+    return zb_g.poison_fd;
 }
 
 int zb_init(const zb_hooks *hooks)
@@ -73,11 +79,6 @@ int zb_init(const zb_hooks *hooks)
     zb_g.hooks = *hooks;
     zb_g.initialised = true;
     return 0;
-}
-
-int zb_poison_fd(void)
-{
-    return zb_g.poison_fd;
 }
 
 void zb_shutdown(void)

@@ -112,7 +112,8 @@ ZB_API void zb_shutdown(void);
 ZB_API void zb_counters(zb_count *out);
 /** Correct the estimate of mappings by a true count. */
 ZB_API void zb_mappings_set(uint64_t n);
-/** A file of ZB_BLOCK bytes of 0xFF, to fill what cannot be loaded. Owned by the core. */
+/** A file of ZB_BLOCK bytes of 0xFF, to fill what cannot be loaded. Owned by the core. The first call, by whoever
+ *  makes it, writes them: -ENOMEM, say. */
 ZB_API int zb_poison_fd(void);
 
 /* -- spaces ------------------------------------------------------------------------------------------------- */

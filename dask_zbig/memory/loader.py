@@ -25,7 +25,7 @@ import time
 
 from dask_zbig.config import get
 from dask_zbig.errors import ClosedError, LoadError, ScratchError, ZBigError
-from dask_zbig.memory._native import BLOCK, ffi, lib
+from dask_zbig.memory._native import BLOCK, check, ffi, lib
 from dask_zbig.memory.space import Space, StaleFill, find_space
 
 __all__ = ["ensure_loaders"]
@@ -84,6 +84,7 @@ def _run(number: int) -> None:
         with contextlib.suppress(RuntimeError):  # no more threads to be had, or the interpreter ends: one is enough
             for k in range(1, THREADS):
                 _start_native(k)
+        lib.zb_poison_fd()  # is made now, not when memory may be short, and not while the first view waits for it
     request = ffi.new("zb_request *")
     _loaders.add(ctypes.pythonapi.PyThread_get_thread_ident())  # (threading's would be the greenlet's)
     while lib.zb_request_next(request) == 0:
@@ -163,14 +164,16 @@ def _give_up(space: Space, lo: int, thread: int, error: BaseException) -> None:
     loud = error if isinstance(error, ZBigError) else LoadError(f"{type(error).__name__}: {error}")
     space.lost[lo] = type(loud)(*loud.args)  # (another one: of this the traceback refers to the space)
     _raise_in(thread, loud)
-    poison = (lo, lo + BLOCK, 0, lib.zb_poison_fd())
+    fd = lib.zb_poison_fd()
+    poison = (lo, lo + BLOCK, 0, fd)
     for window in space.windows():
         if window.start <= lo < window.stop:
             try:
+                check(fd, "show 0xFF")
                 window.fill(epoch, lo, lo + BLOCK, [poison])
             except StaleFill:
                 return
-            except ZBigError:  # there are no mappings left
+            except ZBigError:  # there are no mappings left, or no memory
                 window.lost()
 
 
