@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dask_zbig.distinct import first_of_each
 from dask_zbig.errors import FormatError
 from dask_zbig.storage import extents as ex
 from dask_zbig.storage.format import LEAF_BYTES
@@ -234,9 +233,13 @@ def _unpack_places(places: npt.NDArray[np.void], rows: npt.NDArray[np.void], bas
 
 def _codes(segments: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
     codes = segments + np.uint32(1)
-    met, first = first_of_each(segments)
-    if np.array_equal(met, np.arange(len(met))) and np.all(first[1:] > first[:-1]):
-        codes[first] = 0
+    if len(segments):
+        most = np.maximum.accumulate(segments)
+        new = np.ones(len(segments), np.bool_)
+        np.not_equal(most[1:], most[:-1], out=new[1:])
+        met = most[new]
+        if met[0] == 0 and met[-1] == len(met) - 1:  # each of them follows the one before
+            codes[new] = 0
     return codes
 
 
@@ -256,17 +259,18 @@ def _steps(extents: ex.Extents, count: int) -> tuple[npt.NDArray[np.uint64], npt
     """
     expected = np.zeros(len(extents), np.uint64)
     follows = np.zeros(count, np.uint8)
-    order, again = _by_segment(extents["segment"])
-    if len(again):
-        rows = extents[order]
-        starts, stops, offsets = rows["start"], rows["stop"], rows["offset"]
-        before = again - 1
-        apart = offsets[before] + (starts[again] - starts[before])
-        behind = offsets[before] + (stops[before] - starts[before])
-        owners = rows["segment"][again]
-        better = np.bincount(owners[behind == offsets[again]], minlength=count)
-        follows[better > np.bincount(owners[apart == offsets[again]], minlength=count)] = 1
-        expected[order[again]] = np.where(follows[owners], behind, apart)
+    order = _by_segment(extents["segment"])
+    rows = extents.take(order)
+    again = rows["segment"][1:] == rows["segment"][:-1]
+    if again.any():
+        owners, starts, stops, offsets = (
+            np.ascontiguousarray(rows[field]) for field in ("segment", "start", "stop", "offset")
+        )
+        owners, shifts = owners[1:], offsets[:-1] - starts[:-1]
+        apart, behind = shifts + starts[1:], shifts + stops[:-1]
+        better = np.bincount(owners[again & (behind == offsets[1:])], minlength=count)
+        follows[better > np.bincount(owners[again & (apart == offsets[1:])], minlength=count)] = 1
+        expected[order[1:]] = np.where(follows[owners], behind, apart) * again
     return expected, follows
 
 
@@ -274,7 +278,8 @@ def _offsets(
     extents: ex.Extents, residues: npt.NDArray[np.uint64], follows: npt.NDArray[np.uint8]
 ) -> npt.NDArray[np.uint64]:
     """The inverse: what is to be added to `residues`, one extent of a segment after the other."""
-    order, again = _by_segment(extents["segment"])
+    order = _by_segment(extents["segment"])
+    again = _repeated(extents["segment"][order])
     added = residues[order].astype(np.uint64)
     if len(again):
         starts, stops = extents["start"][order], extents["stop"][order]
@@ -291,8 +296,12 @@ def _offsets(
     return offsets
 
 
-def _by_segment(segments: npt.NDArray[np.uint32]) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
-    """The order by segment, then position; and the places in it of those that are not the first of their segment."""
-    order = np.argsort(segments, kind="stable")
-    ordered = segments[order]
-    return order, np.flatnonzero(ordered[1:] == ordered[:-1]) + 1
+def _by_segment(segments: npt.NDArray[np.uint32]) -> npt.NDArray[np.intp]:
+    """The order by segment, then position."""
+    small = segments.astype(np.uint16) if len(segments) and segments.max() < 1 << 16 else segments  # sorts by radix
+    return small.argsort(kind="stable")
+
+
+def _repeated(ordered: npt.NDArray[np.uint32]) -> npt.NDArray[np.intp]:
+    """The places of those that are not the first of their segment."""
+    return np.flatnonzero(ordered[1:] == ordered[:-1]) + 1
