@@ -211,6 +211,8 @@ class Mapping:
         """Map again, for the views that live, what was dropped: system calls on them cannot fault."""
         watched = self.watched
         with self._lock:
+            if watched and not len(self._dropped):
+                return
             again = ex.intersect(self._dropped, self._filled)
             self._dropped = ex.no_ranges()
             if not watched:

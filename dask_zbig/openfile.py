@@ -483,7 +483,7 @@ class OpenFile:
         local, self.local = self.local, {}
         self._cut = None
         end = self.owner.nbytes
-        beyond = any(_holds_beyond(layer, end) for layer in flushed)
+        beyond = self._longest > end and any(_holds_beyond(layer, end) for layer in flushed)
         for layer in flushed:
             left = [f for f in layer.files if os.path.exists(f)]
             if not left:

@@ -235,6 +235,8 @@ def store_inline(file: OpenFile | None, connection: Any, data: bytes) -> Segment
     ref = SegmentRef(segment, len(data), checksum(data))
     if file is not None:
         file.local[ref.key] = BytesSource(data)
+        if file.reader is not None:
+            file.reader.remember(ref, data)
     return ref
 
 

@@ -8,6 +8,7 @@ the commits are.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -75,9 +76,16 @@ def _width(tier: int, blobs: bool) -> int:
     return BLOBS if blobs and tier > 1 else WIDTH
 
 
+def _limits(blobs: bool, largest: int) -> list[int]:
+    """Of each tier but the first, the smallest size: so large that what is joined leaves its tier."""
+    limits = [_SMALLEST + 1]
+    while limits[-1] <= largest:
+        limits.append(limits[-1] * _width(len(limits), blobs))
+    return limits
+
+
+_LIMITS, _LIMITS_INLINE = _limits(True, DONE), _limits(False, DONE_INLINE)
+
+
 def _tier(size: int, blobs: bool) -> int:
-    tier = 0
-    while size > _SMALLEST:
-        tier += 1
-        size //= _width(tier, blobs)  # so what is joined leaves its tier
-    return tier
+    return bisect_right(_LIMITS if blobs else _LIMITS_INLINE, size)

@@ -269,6 +269,10 @@ class SegmentSource:
     def in_file(self) -> bool:
         return not self._inline
 
+    def prime(self, data: bytes) -> None:
+        """These are the bytes of this inline segment: they need not be loaded."""
+        self._data = data
+
     @property
     def loaded(self) -> bool:
         """Whether its record has been read: all of it, if it is inline."""
@@ -332,6 +336,11 @@ class SegmentReader:
             if ref.inline and ref.length <= SMALL:
                 self._recent.append(source)
         return source
+
+    def remember(self, ref: SegmentRef, data: bytes) -> None:
+        """An inline segment has just been made: the next commit reads it, if it is small, and need not load it."""
+        if ref.length <= SMALL:
+            self.source(ref).prime(data)
 
     def expect(self, refs: Iterable[SegmentRef]) -> None:
         """Segments are going to be read: a server may be asked for them before it has answered for the first."""

@@ -19,6 +19,7 @@ from ZEO.asyncio.client import Protocol
 import dask_zbig as dz
 from dask_zbig.memory._native import counters
 from dask_zbig.openfile import OpenFile
+from dask_zbig.storage.segment import SegmentReader
 
 from tests.scratch import in_use  # isort: skip
 
@@ -247,14 +248,16 @@ def commits(connection, path, times, change):
 TIMES = 200
 
 
-def test_what_a_small_append_costs(tmp_path):
-    path = tmp_path / "x.fs"
+def test_what_a_small_append_costs(tmp_path, monkeypatch):
+    path, loaded, load = tmp_path / "x.fs", [], SegmentReader.load_inline
+    monkeypatch.setattr(SegmentReader, "load_inline", lambda *args: loaded.append(args) or load(*args))
     with connected(path) as (connection, root, manager):
         root["A"] = array = dz.ZBigArray(0)
         array.append(ROW)
         manager.commit()
         with counting() as count:
             each = commits(connection, path, TIMES, lambda _: array.append(ROW))
+        assert loaded == []  # a page is compared with what the commits before have put there, which is remembered
         # the array (its shape), its leaf, the new segment; and every sixteenth time what is joined
         assert each["loads"] == 0
         assert each["stores"] <= 3.2
