@@ -138,7 +138,7 @@ extern struct zb_globals {
     zb_hooks hooks;
     bool initialised;
     _Atomic bool shut;
-    int poison_fd;
+    _Atomic int poison_fd;
     struct {
         _Atomic uint64_t read_faults, write_faults, bus_faults, spurious, chained;
         _Atomic uint64_t waits, fills, stale_fills, bytes_copied, overflows, writebacks, mappings;

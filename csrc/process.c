@@ -2,13 +2,22 @@
  * process.c - what there is once in a process: starting and stopping, forks, counters. */
 #include "internal.h"
 
+#include <sys/stat.h>
 #include <sys/uio.h>
 
 struct zb_globals zb_g = {.poison_fd = -1};
 __thread uint32_t zb_busy __attribute__((tls_model("initial-exec")));
-static unsigned char poison_page[ZB_PAGE];
-static struct iovec poison_all[ZB_PAGES_PER_BLOCK];
-static atomic_bool poison_filled;
+
+/* The file of 0xFF. It is made early, when there is a descriptor to be had. Its bytes come when it is needed: to write
+ * them takes longer than most of what the first view does. */
+static struct {
+    zb_mutex lock; /* of all of it, and of zb_g.poison_fd */
+    bool filled;
+    dev_t device;
+    ino_t inode;
+    unsigned char page[ZB_PAGE];
+    struct iovec all[ZB_PAGES_PER_BLOCK];
+} poison;
 
 /* -- fork ----------------------------------------------------------------------------------------------------- */
 
@@ -38,39 +47,65 @@ static void fork_child(void)
     }
     zb_request_fork();
     zb_g.registry_lock = 0;
+    poison.lock = 0;
     zb_busy = 0;
 }
 
 /* -- process -------------------------------------------------------------------------------------------------- */
 
-/* The bytes come later: to write them takes longer than most of what the first view does. */
-static int make_poison(void)
+/* Whether it is still the file that we made: in a forked child, or behind closefrom(), its number may be another's. */
+ZB_IN_HANDLER static bool poison_is_ours(void)
 {
-    int fd = memfd_create("zbig-poison", MFD_CLOEXEC);
+    struct stat now;
+    return zb_g.poison_fd >= 0 && fstat(zb_g.poison_fd, &now) == 0 && now.st_dev == poison.device &&
+           now.st_ino == poison.inode;
+}
+
+ZB_IN_HANDLER static int make_poison(void)
+{
+    struct stat made;
+    int fd = (int)syscall(SYS_memfd_create, "zbig-poison", MFD_CLOEXEC);
     if (fd < 0) return -errno;
-    memset(poison_page, 0xFF, sizeof poison_page);
-    for (unsigned i = 0; i < ZB_PAGES_PER_BLOCK; i++) poison_all[i] = (struct iovec){poison_page, sizeof poison_page};
+    if (fstat(fd, &made)) {
+        int e = errno;
+        close(fd);
+        return -e;
+    }
+    poison.device = made.st_dev;
+    poison.inode = made.st_ino;
+    poison.filled = false;
     zb_g.poison_fd = fd;
     return 0;
 }
 
-ZB_IN_HANDLER int zb_poison_fd(void)
+ZB_IN_HANDLER static int fill_poison(void)
 {
-    if (atomic_load(&poison_filled)) return zb_g.poison_fd;
-    for (unsigned done = 0; done < ZB_PAGES_PER_BLOCK;) { /* (several threads at once write the same) */
-        ssize_t n = pwritev(zb_g.poison_fd, poison_all + done, (int)(ZB_PAGES_PER_BLOCK - done),
+    for (unsigned done = 0; done < ZB_PAGES_PER_BLOCK;) {
+        ssize_t n = pwritev(zb_g.poison_fd, poison.all + done, (int)(ZB_PAGES_PER_BLOCK - done),
                             (off_t)(done * ZB_PAGE));
         if (n < 0 && errno == EINTR) continue;
         if (n < (ssize_t)ZB_PAGE) return n < 0 ? -errno : -EIO;
         done += (unsigned)((size_t)n / ZB_PAGE); /* (a page of which a part was written is written again) */
     }
-    atomic_store(&poison_filled, true);
-    return zb_g.poison_fd;
+    poison.filled = true;
+    return 0;
+}
+
+ZB_IN_HANDLER int zb_poison_fd(void)
+{
+    zb_lock(&poison.lock);
+    int r = poison_is_ours() ? 0 : make_poison();
+    if (!r && !poison.filled) r = fill_poison();
+    int fd = r ? r : zb_g.poison_fd;
+    zb_unlock(&poison.lock);
+    return fd;
 }
 
 int zb_init(const zb_hooks *hooks)
 {
     if (zb_g.initialised) return 0;
+    memset(poison.page, 0xFF, sizeof poison.page);
+    for (unsigned i = 0; i < ZB_PAGES_PER_BLOCK; i++) poison.all[i] = (struct iovec){poison.page, sizeof poison.page};
     int r = make_poison();
     if (r) return r;
     r = pthread_atfork(fork_prepare, fork_parent, fork_child);

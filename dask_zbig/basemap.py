@@ -183,8 +183,6 @@ class BaseMap:
 
     def give_back(self) -> list[tuple[int, int]]:
         """The ranges that were borrowed: the caller must take them as stale."""
-        if not len(self._borrowed):
-            return []
         with self._lock:
             borrowed, self._borrowed = self._borrowed, ex.no_ranges()
         return [(lo, hi) for lo, hi in borrowed.tolist()]

@@ -6,6 +6,7 @@ tree's package, which has none, instead of the one that was installed: then the 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import sys
@@ -41,3 +42,12 @@ except ImportError as e:
 
 ffi = core.ffi
 lib = core.lib
+
+# cffi makes a type when it is first used. If the garbage collector comes in just then and lets another thread run,
+# which uses the type too, that ends the process (its issue 271); and loaders are four threads that begin with the same
+# call. So all types are made here, where no other thread can be.
+for _name in ffi.list_types()[0]:
+    with contextlib.suppress(TypeError):  # it is opaque
+        ffi.new(f"{_name} *")
+for _name in dir(lib):
+    getattr(lib, _name)

@@ -156,6 +156,36 @@ def test_a_loader_that_comes_with_an_old_leaf_is_too_late(merging, monkeypatch):
     assert a[place] == 2
 
 
+# guard: basemap.py, `give_back` looks only when it has the lock; else a[place] stays 1 for all of the transaction
+def test_a_loader_that_is_noting_what_it_has_loaded_is_waited_for(merging, monkeypatch):
+    monkeypatch.setattr(openfile, "EAGER_LEAVES", 0)
+    place = 5000
+    original = BaseMap.borrow
+    noting, moved = threading.Event(), threading.Event()
+
+    def slow(self, ranges, found):
+        noting.set()
+        moved.wait(0.5)  # (in vain: who moves waits for us)
+        original(self, ranges, found)
+
+    merging.new(SIZE, "u1")
+    one, A, two, B = merging.pair()
+    B[place] = 1
+    two.commit()
+    one.begin()
+    a = A[:]
+    B[place] = 2
+    two.commit()
+    with monkeypatch.context() as patch:
+        patch.setattr(BaseMap, "borrow", slow)
+        reader = in_a_thread(lambda: a[place])
+        assert noting.wait(SECONDS)
+        one.begin()
+        moved.set()
+        joined(reader)
+    assert a[place] == 2
+
+
 # guard: openfile.py, `_resolve_elsewhere`: `_cut`; else a[100] is 9 again
 def test_what_a_transaction_has_cut_off_stays_so_when_a_loader_loads_it(merging, monkeypatch):
     """It does so by another connection, which does not see what this transaction has done."""

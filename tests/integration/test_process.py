@@ -581,3 +581,67 @@ def test_fork_and_exec(stored):
         """,
         stored,
     )
+
+
+# guard: process.c, `poison_is_ours`: else 2 MiB of 0xFF are written over a file of somebody else's
+def test_a_child_that_has_closed_all_descriptors(stored):
+    """As daemons do; then the numbers are other files'."""
+    script(
+        """
+        from dask_zbig.memory._native import lib, start
+        start()
+        links = {int(n): f"/proc/self/fd/{n}" for n in os.listdir("/proc/self/fd")}
+        (ours,) = [n for n, link in links.items() if os.path.islink(link) and "zbig-poison" in os.readlink(link)]
+        with open("other", "wb") as other:
+            other.write(b"precious")
+        pid = os.fork()
+        if pid == 0:
+            os.closerange(3, 1024)
+            while (fd := os.open("other", os.O_RDWR)) < ours:
+                pass
+            made = lib.zb_poison_fd()
+            right = fd == ours < made and os.pread(made, 3 << 20, 0) == b"\\xff" * (2 << 20)
+            right = right and lib.zb_poison_fd() == made and open("other", "rb").read() == b"precious"
+            os._exit(0 if right else 1)
+        assert os.waitpid(pid, 0)[1] == 0
+        assert os.pread(lib.zb_poison_fd(), 3 << 20, 0) == b"\\xff" * (2 << 20)
+        """,
+        stored,
+    )
+
+
+# guard: _core.py makes all of cffi's types; else cffi's assertion ends the process
+@pytest.mark.parametrize("kind", ["zb_request", "zb_count", "zb_piece"])
+def test_two_threads_that_need_a_type_of_the_core_for_the_first_time(kind):
+    """The collector comes in while one makes it, and lets the other run."""
+    code = f"""
+        import gc, sys, threading
+        from dask_zbig.memory import _core
+        gc.disable()
+        gc.collect()
+        inside, done = threading.Event(), threading.Event()
+
+        def let_the_other_run(phase, info):
+            if phase == "start" and not inside.is_set():
+                inside.set()
+                done.wait(0.3)
+
+        def other():
+            inside.wait(2)
+            _core.ffi.new("{kind} *")
+            done.set()
+
+        thread = threading.Thread(target=other, daemon=True)
+        thread.start()
+        gc.callbacks.append(let_the_other_run)
+        gc.set_threshold(1, 1000, 1000)
+        gc.enable()
+        _core.ffi.new("{kind} *")
+        gc.disable()
+        inside.set()
+        thread.join(60)
+        """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
