@@ -84,7 +84,9 @@ def _run(number: int) -> None:
         with contextlib.suppress(RuntimeError):  # no more threads to be had, or the interpreter ends: one is enough
             for k in range(1, THREADS):
                 _start_native(k)
-        lib.zb_poison_fd()  # is made now, not when memory may be short, and not while the first view waits for it
+        # Its bytes are written now: not when memory may be short, nor while the first view waits. (If that fails, who
+        # needs them tries again.)
+        lib.zb_poison_fd()
     request = ffi.new("zb_request *")
     _loaders.add(ctypes.pythonapi.PyThread_get_thread_ident())  # (threading's would be the greenlet's)
     while lib.zb_request_next(request) == 0:

@@ -58,6 +58,16 @@ def both(merging):
     return one, a, two, B
 
 
+def beside_a_writer(merging, place):
+    """As `both`, but nothing of the view is loaded, and the other one has written a 1 before it was made."""
+    merging.new(SIZE, "u1")
+    one, A, two, B = merging.pair()
+    B[place] = 1
+    two.commit()
+    one.begin()
+    return one, A[:], two, B
+
+
 def save_by_another(two, B, place, value):
     B[place] = value
     for spy in two.root["spies"]:
@@ -138,12 +148,7 @@ def test_a_loader_that_comes_with_an_old_leaf_is_too_late(merging, monkeypatch):
         assert go_on.wait(SECONDS)
         return found
 
-    merging.new(SIZE, "u1")
-    one, A, two, B = merging.pair()
-    B[place] = 1
-    two.commit()
-    one.begin()
-    a = A[:]
+    one, a, two, B = beside_a_writer(merging, place)
     with monkeypatch.context() as patch:
         patch.setattr(BaseMap, "leaves_of", staticmethod(slow))
         reader = in_a_thread(lambda: a[place])
@@ -168,12 +173,7 @@ def test_a_loader_that_is_noting_what_it_has_loaded_is_waited_for(merging, monke
         moved.wait(0.5)  # (in vain: who moves waits for us)
         original(self, ranges, found)
 
-    merging.new(SIZE, "u1")
-    one, A, two, B = merging.pair()
-    B[place] = 1
-    two.commit()
-    one.begin()
-    a = A[:]
+    one, a, two, B = beside_a_writer(merging, place)
     B[place] = 2
     two.commit()
     with monkeypatch.context() as patch:

@@ -258,7 +258,7 @@ def test_what_a_small_append_costs(tmp_path, monkeypatch):
         with counting() as count:
             each = commits(connection, path, TIMES, lambda _: array.append(ROW))
         assert loaded == []  # a page is compared with what the commits before have put there, which is remembered
-        # the array (its shape), its leaf, the new segment; and every sixteenth time what is joined
+        # the array (its shape), its leaf, the new segment; and every twelfth time what is joined
         assert each["loads"] == 0
         assert each["stores"] <= 3.2
         assert each["grown"] <= 4500

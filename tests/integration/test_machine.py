@@ -448,20 +448,15 @@ def run(machine, request, options):
         run_state_machine_as_test(machine, settings=options)
 
 
-def of(machine, options):
-    """A third of the examples for the one that takes three times as long."""
-    return settings(options, max_examples=-(-options.max_examples // 3)) if machine is DeepMachine else options
-
-
 @pytest.mark.parametrize("machine", MACHINES)
 def test_machine(machine, request):
-    run(machine, request, of(machine, QUICK))
+    run(machine, request, settings(QUICK, max_examples=4) if machine is DeepMachine else QUICK)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("machine", MACHINES)
 def test_long_machine(machine, request):
-    run(machine, request, of(machine, LONG))
+    run(machine, request, LONG)
 
 
 def test_elements_are_of_two_bytes():
