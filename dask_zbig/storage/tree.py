@@ -3,7 +3,7 @@
 Like an MMU's page table it has fixed keys and is never rebalanced, so which bytes an invalidation touches has
 an exact answer. Two transactions that change different bytes of one leaf are merged when the second commits.
 
-These classes are imported by storage servers too, to resolve conflicts: this module needs no compiled core.
+These classes are imported by storage servers too, to resolve conflicts: this module needs no memory core.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from dask_zbig.errors import FormatError, ZBigError
 from dask_zbig.storage import extents as ex
 from dask_zbig.storage.format import FANOUT, LEAF_BYTES, MAX_DEPTH, VERSION, broken, name_of, unpack_state
 from dask_zbig.storage.leafstate import MOVED, NOT_MOVED, NOTHING, LeafState, Move, merge_leaves
+from dask_zbig.storage.packing import put
 from dask_zbig.storage.segment import GoneError, InlineSegment, SegmentRef
 
 __all__ = [
@@ -167,9 +168,14 @@ class ExtentLeaf(_Watched):
 
     def splice(self, new: ex.Extents, refs: Sequence[SegmentRef]) -> None:
         """Put `new` extents, whose segment indices are into `refs`, over what is there."""
+        self.move = self.move.older()
         keys = {r.key: i for i, r in enumerate(self.refs)}
-        if len(new) == 1 and self._put_one(new, refs, keys):
-            return
+        if len(new) == 1:
+            start, stop, number, offset = new[0].item()
+            if refs[number].key not in keys:  # as of most small commits
+                extents, order = put(self.extents, len(self.refs), start, stop, offset)
+                self._take(extents, [*self.refs, refs[number]], order)
+                return
         table = list(self.refs)
         mapping = np.zeros(len(refs), np.int64)
         for i in ex.used(new).tolist():
@@ -178,41 +184,7 @@ class ExtentLeaf(_Watched):
                 index = len(table)
                 table.append(refs[i])
             mapping[i] = index
-        self.move = self.move.older()
         self._replace(ex.splice(self.extents, ex.renumber(new, mapping)), table)
-
-    def _put_one(self, new: ex.Extents, refs: Sequence[SegmentRef], keys: Container[Any]) -> bool:
-        """`splice`, where one extent of a new segment comes in and no segment goes: most small commits. Or False."""
-        start, stop, number, offset = new[0].item()
-        ref = refs[number]
-        if ref.key in keys:
-            return False
-        old = self.extents
-        first = int(old["stop"].searchsorted(np.uint64(start), "right"))
-        last = int(old["start"].searchsorted(np.uint64(stop)))
-        over = old[first:last].tolist()  # what it lies over
-        pieces = []  # what is left of that
-        for a, b, segment, at in over:
-            if a < start:
-                pieces.append((a, start, segment, at))
-            if stop < b:
-                pieces.append((stop, b, segment, at + stop - a))
-        before = first + bool(pieces and pieces[0][0] < start)
-        middle = np.array(
-            [*pieces[: before - first], (start, stop, len(self.refs), offset), *pieces[before - first :]], ex.EXTENT
-        )
-        spliced = np.concatenate([old[:first], middle, old[last:]], dtype=ex.EXTENT)
-        segments = spliced["segment"]
-        if not all((segments == s).any() for s in {s for a, b, s, _ in over if start <= a and b <= stop}):
-            return False
-        # Numbered by first appearance, as `_replace` does: if the others are.
-        place = int(segments[:before].max()) + 1 if before else 0
-        segments += segments >= place
-        segments[before] = place
-        self.move = self.move.older()
-        self.extents = spliced
-        self.refs = (*self.refs[:place], ref, *self.refs[place:])
-        return True
 
     def cut(self, lo: int, hi: int) -> None:
         """Make [lo, hi) a hole."""
@@ -226,8 +198,11 @@ class ExtentLeaf(_Watched):
         used = used[np.argsort(first)]  # by first appearance: that takes less space, see `packing`
         mapping = np.zeros(len(table), np.int64)
         mapping[used] = np.arange(len(used))
-        self.extents = ex.renumber(extents, mapping)
-        self.refs = tuple(table[i] for i in used.tolist())
+        self._take(ex.renumber(extents, mapping), table, used.tolist())
+
+    def _take(self, extents: ex.Extents, table: Sequence[SegmentRef], order: Sequence[int]) -> None:
+        self.extents = extents
+        self.refs = tuple(table[i] for i in order)
         if self.move.to and all(r.key != self.move.to for r in self.refs):
             self.move = NOT_MOVED  # nothing is left of it
 

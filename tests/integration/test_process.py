@@ -610,7 +610,7 @@ def test_a_child_that_has_closed_all_descriptors(stored):
     )
 
 
-# guard: _core.py makes all of cffi's types; else cffi's assertion ends the process
+# guard: compiled.py makes all of cffi's types; else cffi's assertion ends the process
 @pytest.mark.parametrize("kind", ["zb_request", "zb_count", "zb_piece"])
 def test_two_threads_that_need_a_type_of_the_core_for_the_first_time(kind):
     """The collector comes in while one makes it, and lets the other run."""
