@@ -26,8 +26,9 @@ from dask_zbig.opening import open_database
 from dask_zbig.patience import may_heal, patiently
 from dask_zbig.storage import extents as ex
 from dask_zbig.storage.format import FANOUT, LEAF_BYTES, broken
+from dask_zbig.storage.reader import SegmentReader, reader
 from dask_zbig.storage.records import CLASSES, Reference, children, read_record, reference_to
-from dask_zbig.storage.segment import GoneError, SegmentReader, SegmentRef, checksum, reader
+from dask_zbig.storage.segment import GoneError, SegmentRef, checksum
 from dask_zbig.storage.tree import ExtentLeaf, ZBigFile, checked, node_bytes
 
 __all__ = ["CheckReport", "Damage", "check"]

@@ -24,7 +24,8 @@ from dask_zbig.segmentwriter import INLINE_PIECE, Target
 from dask_zbig.storage import extents as ex
 from dask_zbig.storage.compaction import DONE, DONE_INLINE
 from dask_zbig.storage.format import LEAF_BYTES
-from dask_zbig.storage.segment import SegmentRef, reader
+from dask_zbig.storage.reader import reader
+from dask_zbig.storage.segment import SegmentRef
 from dask_zbig.storage.survey import Survey, survey
 from dask_zbig.storage.tree import ExtentLeaf, checked
 from dask_zbig.tempfiles import Hold

@@ -28,7 +28,8 @@ from dask_zbig.segmentwriter import (
 from dask_zbig.storage import extents as ex
 from dask_zbig.storage.compaction import BLOB_BYTES, to_join
 from dask_zbig.storage.format import LEAF_BYTES, name_of
-from dask_zbig.storage.segment import BytesSource, SegmentRef
+from dask_zbig.storage.segment import SegmentRef
+from dask_zbig.storage.sources import BytesSource
 from dask_zbig.storage.tree import ZBigFile, checked
 from dask_zbig.trim import STEP, compose, torn, trim
 

@@ -32,7 +32,9 @@ from dask_zbig.memory.plan import Source
 from dask_zbig.memory.space import Generation, StaleFill
 from dask_zbig.storage import extents as ex
 from dask_zbig.storage.format import LEAF_BYTES
-from dask_zbig.storage.segment import FileSource, SegmentReader, SegmentRef
+from dask_zbig.storage.reader import SegmentReader
+from dask_zbig.storage.segment import SegmentRef
+from dask_zbig.storage.sources import FileSource
 from dask_zbig.storage.tree import ZBigFile, on_store, watch
 from dask_zbig.trim import trim
 

@@ -20,7 +20,8 @@ from dask_zbig.memory._native import PAGE
 from dask_zbig.memory.plan import Source
 from dask_zbig.openfile import OpenFile
 from dask_zbig.storage import extents as ex
-from dask_zbig.storage.segment import BytesSource, FileSource, InlineSegment, SegmentRef, checksum
+from dask_zbig.storage.segment import InlineSegment, SegmentRef, checksum
+from dask_zbig.storage.sources import BytesSource, FileSource
 from dask_zbig.tempfiles import new_name
 
 __all__ = [

@@ -33,7 +33,7 @@ from dask_zbig.guards import guard_connection, take_back, watch_get, watch_unjoi
 from dask_zbig.memory._native import recount_mappings, start
 from dask_zbig.openfile import OpenFile, Owner, State
 from dask_zbig.segmentwriter import Target
-from dask_zbig.storage.segment import reader
+from dask_zbig.storage.reader import reader
 from dask_zbig.storage.tree import ZBigFile
 
 __all__ = ["DataManager", "about_to_store", "manager_of", "open_file", "store_new"]

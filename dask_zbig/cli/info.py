@@ -13,7 +13,7 @@ from dask_zbig.array.display import ArrayInfo
 from dask_zbig.cli.common import as_json_option, connected, find_array, moment, opened, size_text, table, uri_argument
 from dask_zbig.memory._native import PAGE
 from dask_zbig.storage.format import LEAF_BYTES
-from dask_zbig.storage.segment import reader
+from dask_zbig.storage.reader import reader
 from dask_zbig.storage.survey import Survey, survey
 
 __all__ = ["info"]

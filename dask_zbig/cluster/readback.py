@@ -14,7 +14,7 @@ from dask_zbig.cluster.store import Manifest, Place, layout
 from dask_zbig.cluster.worker import writing
 from dask_zbig.database import Location
 from dask_zbig.storage import extents as ex
-from dask_zbig.storage.segment import reader
+from dask_zbig.storage.reader import reader
 
 __all__ = ["read_back"]
 

@@ -17,7 +17,8 @@ from dask_zbig.errors import DTypeError, ScratchError, ShapeError
 from dask_zbig.memory._native import BLOCK, PAGE
 from dask_zbig.segmentwriter import add_blobs, seal, store_inline
 from dask_zbig.storage import extents as ex
-from dask_zbig.storage.segment import FileSource, SegmentRef
+from dask_zbig.storage.segment import SegmentRef
+from dask_zbig.storage.sources import FileSource
 from dask_zbig.tempfiles import Hold, new_name
 
 __all__ = ["Manifest", "Place", "layout", "run_size", "runs_of", "stage", "stage_block"]

@@ -19,7 +19,7 @@ from ZEO.asyncio.client import Protocol
 import dask_zbig as dz
 from dask_zbig.memory._native import counters
 from dask_zbig.openfile import OpenFile
-from dask_zbig.storage.segment import SegmentReader
+from dask_zbig.storage.reader import SegmentReader
 
 from tests.scratch import in_use  # isort: skip
 

@@ -280,7 +280,7 @@ def test_forked_child_is_told_and_cannot_reach_the_parent(tmp_path, touch):
     run(FORKED, tmp_path, write=False)
 
 
-# guard: process.c: the child forgets the descriptor, and zb_discard refuses: both removed, or storage/segment.py:
+# guard: process.c: the child forgets the descriptor, and zb_discard refuses: both removed, or storage/sources.py:
 # `_drop_file` asks for the pid: removed -> the child's exit took the parent's scratch files, and its commit failed
 def test_forked_child_that_ends_leaves_the_parent_its_files(tmp_path):
     run(FORK.format("del a; import gc; gc.collect(); sys.exit(5)", "os.waitstatus_to_exitcode(status) == 5"), tmp_path)

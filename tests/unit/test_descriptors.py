@@ -7,8 +7,8 @@ import os
 import pytest
 
 from dask_zbig import descriptors, segmentwriter
-from dask_zbig.storage import segment
-from dask_zbig.storage.segment import FileSource
+from dask_zbig.storage import reader, sources
+from dask_zbig.storage.sources import FileSource
 
 DATA = bytes(range(200))
 
@@ -31,7 +31,8 @@ def _close_at_once(monkeypatch):
         return staticmethod(call)
 
     fake = type("os", (), {**vars(os), **{name: disturbed(name) for name in ("pread", "fstat", "fsync")}})
-    monkeypatch.setattr(segment, "os", fake)
+    monkeypatch.setattr(sources, "os", fake)
+    monkeypatch.setattr(reader, "os", fake)
     monkeypatch.setattr(segmentwriter, "os", fake)
 
 

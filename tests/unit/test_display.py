@@ -15,7 +15,8 @@ from dask_zbig.array.display import BINS, LEAVES
 from dask_zbig.memory.states import states
 from dask_zbig.storage import extents as ex
 from dask_zbig.storage.format import LEAF_BYTES
-from dask_zbig.storage.segment import InlineSegment, SegmentRef, SegmentSource
+from dask_zbig.storage.reader import SegmentSource
+from dask_zbig.storage.segment import InlineSegment, SegmentRef
 from dask_zbig.storage.survey import survey
 
 MIB = 1 << 20

@@ -18,14 +18,9 @@ from ZODB.blob import Blob
 import dask_zbig as dz
 from dask_zbig.descriptors import KEPT, close_unused
 from dask_zbig.errors import LoadError
-from dask_zbig.storage.segment import (
-    BytesSource,
-    FileSource,
-    InlineSegment,
-    SegmentRef,
-    checksum,
-    reader,
-)
+from dask_zbig.storage.reader import reader
+from dask_zbig.storage.segment import InlineSegment, SegmentRef, checksum
+from dask_zbig.storage.sources import BytesSource, FileSource
 
 from tests.conftest import open_clients  # isort: skip
 
@@ -271,7 +266,7 @@ def test_a_blob_that_cannot_be_opened_for_want_of_descriptors(tmp_path, monkeypa
         return load(*args)
 
     monkeypatch.setattr(db.storage, "loadBlob", load_blob)
-    monkeypatch.setattr("dask_zbig.storage.segment.close_unused", lambda: closed.append(True))
+    monkeypatch.setattr("dask_zbig.storage.reader.close_unused", lambda: closed.append(True))
     assert source.read(5, 10) == DATA[5:15]
     db.close()
 
@@ -381,7 +376,7 @@ def test_the_length_of_a_file_that_has_grown_is_its_own(tmp_path, monkeypatch):
         return fstat(fd)
 
     with monkeypatch.context() as patch:
-        patch.setattr("dask_zbig.storage.segment.os.fstat", late)
+        patch.setattr("dask_zbig.storage.sources.os.fstat", late)
         assert source.grown().length == 150
     for file in other:
         file.close()

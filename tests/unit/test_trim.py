@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from dask_zbig.memory.plan import PAGE
 from dask_zbig.storage import extents as ex
-from dask_zbig.storage.segment import BytesSource
+from dask_zbig.storage.sources import BytesSource
 from dask_zbig.trim import EDGE, MAX_RANGES, compose, torn, trim
 
 GRANULES = [1, 2, 3, 4, 7, 8, 12, 16, 100, 4095, 4096, 5000, 12288]
