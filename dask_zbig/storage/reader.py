@@ -30,16 +30,16 @@ from dask_zbig.storage import checked
 from dask_zbig.storage.segment import GoneError, Identity, InlineSegment, SegmentRef, checksum, oid_of
 from dask_zbig.storage.sources import read, read_all
 
-__all__ = ["SegmentReader", "SegmentSource", "reader"]
+__all__ = ["BlobSource", "InlineSource", "SegmentReader", "SegmentSource", "reader"]
 
 #: A segment gets another revision only when its creation is undone, and when that is undone: we look at this many.
 REVISIONS = 16
 _STEP = 8 << 20
 #: So many objects are asked for ahead at once.
 AHEAD = 4096
-#: So many segments of at most `SMALL` bytes stay in memory once they were read: a commit compares a page with all that
-#: the commits before have put there.
-RECENT, SMALL = 32, 4096
+#: So many segments of at most `SMALL` bytes (1 MiB) stay in memory once they were read or made: a commit compares a
+#: page with all that the commits before have put there, and joins what they have put into the same leaf.
+RECENT, SMALL = 256, 4096
 #: A blob that came damaged is fetched again: a server that is restarted may spoil several downloads in a row.
 _DOWNLOADS = 4
 
@@ -47,58 +47,86 @@ _DOWNLOADS = 4
 class SegmentSource:
     """A committed segment, read by its oid. Thread-safe."""
 
+    in_file: bool
+
     def __init__(self, reader_: SegmentReader, oid: bytes, ref: SegmentRef) -> None:
         self._reader = reader_
         self._oid = oid
         self.length = ref.length
         self._checksum = ref.checksum
-        self._inline = ref.inline
-        self._data: bytes | None = None
-        self._lock = threading.Lock()
-        self._file = Reopened(partial(reader_.open_blob, oid, ref.length, ref.checksum, repr(self)))
-        weakref.finalize(self, self._file.close)
 
     def __repr__(self) -> str:
-        return f"segment 0x{self._oid.hex().lstrip('0') or '0'} ({self.length} bytes)"
+        return _name(self._oid, self.length)
 
     @property
-    def in_file(self) -> bool:
-        return not self._inline
+    def loaded(self) -> bool:
+        """Whether its record has been read, and holds all of it."""
+        return False
+
+    def local(self) -> bool:
+        raise NotImplementedError
+
+    def descriptor(self) -> Descriptor | None:
+        raise NotImplementedError
+
+    def read(self, offset: int, size: int) -> bytes:
+        raise NotImplementedError
+
+    def recheck(self) -> None:
+        """Raise `LoadError` if the file is shorter than it should be by now."""
+
+
+class InlineSource(SegmentSource):
+    """An `InlineSegment`."""
+
+    in_file = False
+    _data: bytes | None = None
 
     def prime(self, data: bytes) -> None:
-        """These are the bytes of this inline segment: they need not be loaded."""
+        """These are its bytes: they need not be loaded."""
         self._data = data
 
     @property
     def loaded(self) -> bool:
-        """Whether its record has been read: all of it, if it is inline."""
         return self._data is not None
 
     def local(self) -> bool:
-        if self._inline or self._file.opened is not None:
-            return True  # (an inline segment is one small load away, by which time its leaf has been loaded)
-        return self._reader.blob_is_local((self._oid, self.length, self._checksum))
+        return True  # (it is one small load away, by which time its leaf has been loaded)
 
     def descriptor(self) -> Descriptor | None:
-        return None if self._inline else self._opened()
-
-    def _opened(self) -> Descriptor:
-        with self._lock:  # a blob is fetched, and checked, by one thread
-            return self._file.descriptor()
+        return None
 
     def read(self, offset: int, size: int) -> bytes:
-        if not self._inline:
-            return read_all(self._opened(), offset, size, self)
         data = self._data
         if data is None:
             data = self._data = self._reader.load_inline(self._oid, self.length, self._checksum, self)
         return data[offset : offset + size]
 
+
+class BlobSource(SegmentSource):
+    """A blob."""
+
+    in_file = True
+
+    def __init__(self, reader_: SegmentReader, oid: bytes, ref: SegmentRef) -> None:
+        super().__init__(reader_, oid, ref)
+        self._lock = threading.Lock()
+        self._file = Reopened(partial(reader_.open_blob, oid, ref.length, ref.checksum))
+        weakref.finalize(self, self._file.close)
+
+    def local(self) -> bool:
+        opened = self._file.opened is not None
+        return opened or self._reader.blob_is_local((self._oid, self.length, self._checksum))
+
+    def descriptor(self) -> Descriptor:
+        with self._lock:  # a blob is fetched, and checked, by one thread
+            return self._file.descriptor()
+
+    def read(self, offset: int, size: int) -> bytes:
+        return read_all(self.descriptor(), offset, size, self)
+
     def recheck(self) -> None:
-        """Raise `LoadError` if the file is shorter than it should be by now."""
-        if self._inline:
-            return
-        file = self._opened()
+        file = self.descriptor()
         size = os.fstat(file.fd).st_size
         if size < self.length:
             raise LoadError(f"{self} has only {size} bytes left: its file was truncated")
@@ -116,7 +144,7 @@ class SegmentReader:
         #: Whether it is of use to tell it what is going to be read.
         self.expects = not self._native and hasattr(storage, "prefetch")
         self._sources: weakref.WeakValueDictionary[Identity, SegmentSource] = weakref.WeakValueDictionary()
-        self._recent: deque[SegmentSource] = deque(maxlen=RECENT)  # small inline ones, which are read again and again
+        self._recent: deque[InlineSource] = deque(maxlen=RECENT)  # small ones, which are read again and again
         self._serials: dict[Identity, bytes] = {}
         self._verified: set[Identity] = set()
 
@@ -128,15 +156,17 @@ class SegmentReader:
         identity = (oid, ref.length, ref.checksum)
         source = self._sources.get(identity)
         if source is None:
-            source = self._sources.setdefault(identity, SegmentSource(self, oid, ref))
-            if ref.inline and ref.length <= SMALL:
+            made = (InlineSource if ref.inline else BlobSource)(self, oid, ref)
+            source = self._sources.setdefault(identity, made)
+            if isinstance(source, InlineSource) and source.length <= SMALL:
                 self._recent.append(source)
         return source
 
     def remember(self, ref: SegmentRef, data: bytes) -> None:
         """An inline segment has just been made: the next commit reads it, if it is small, and need not load it."""
-        if ref.length <= SMALL:
-            self.source(ref).prime(data)
+        source = self.source(ref) if ref.length <= SMALL else None
+        if isinstance(source, InlineSource):
+            source.prime(data)
 
     def expect(self, refs: Iterable[SegmentRef]) -> None:
         """Segments are going to be read: a server may be asked for them before it has answered for the first."""
@@ -215,12 +245,12 @@ class SegmentReader:
         """Whether the storage keeps copies of blobs that it gets from a server."""
         return not getattr(self._storage, "shared_blob_dir", True)
 
-    def open_blob(self, oid: bytes, length: int, expected: int, what: object, *, anew: bool = False) -> int:
+    def open_blob(self, oid: bytes, length: int, expected: int, *, anew: bool = False) -> int:
         """A descriptor of a blob's file, of the right length (and, if it was downloaded, checksum).
 
         With `anew`, the checksum of what was downloaded is computed whoever did so before.
         """
-        identity = (oid, length, expected)
+        identity, what = (oid, length, expected), _name(oid, length)
         for attempt in range(_DOWNLOADS):
             serial = self._blob_serial(identity, what)
             try:
@@ -264,7 +294,7 @@ class SegmentReader:
             progress(len(self.load_inline(oid, ref.length, ref.checksum, what)))
             return
         kept = self.blob_is_local(identity)
-        fd = self.open_blob(oid, ref.length, ref.checksum, what, anew=True)
+        fd = self.open_blob(oid, ref.length, ref.checksum, anew=True)
         try:
             if self._downloads():  # then it has just been looked at
                 progress(ref.length)
@@ -290,6 +320,10 @@ class SegmentReader:
             if not checked.note(fd, found, expected):
                 self._verified.add(identity)
         return None
+
+
+def _name(oid: bytes, length: int) -> str:
+    return f"segment 0x{oid.hex().lstrip('0') or '0'} ({length} bytes)"
 
 
 def _digest(fd: int, length: int, what: object, progress: Callable[[int], object]) -> int:

@@ -31,7 +31,7 @@ def test_killed(scenario, script, trap, memory_disk, runs):
     assert scenario == "pack" or "before" in {r["outcome"] for r in results}
 
 
-# guard: openfile.py, segment.py: a scratch file that cannot be removed; suppress FileNotFoundError only -> the commit
+# guard: openfile.py, sources.py: a scratch file that cannot be removed; suppress FileNotFoundError only -> the commit
 # raises when it is done. filestorage.py: _blob_storeblob; ZODB's own -> left behind: a blob
 @pytest.mark.parametrize("scenario", [s for s in SCENARIOS if s != "pack"])
 def test_failing(scenario, script, trap, memory_disk, runs):

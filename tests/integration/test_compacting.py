@@ -187,7 +187,7 @@ def test_a_segment_that_cannot_be_read(local, monkeypatch):
         raise LoadError("lost")
 
     with monkeypatch.context() as m:
-        m.setattr("dask_zbig.storage.reader.SegmentSource.read", lost)
+        m.setattr("dask_zbig.storage.reader.InlineSource.read", lost)
         with pytest.raises(LoadError):
             compact(one)
     one.begin()

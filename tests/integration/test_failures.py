@@ -127,7 +127,7 @@ def test_a_transaction_doomed_by_a_load_is_over_with_abort(tmp_path):
     )
 
 
-# guard: openfile.py: `if recheck`, segment.py: `size < self.length`; removed -> the file is mapped again for ever
+# guard: openfile.py: `if recheck`, reader.py: `size < self.length`; removed -> the file is mapped again for ever
 @pytest.mark.parametrize("held", [False, True], ids=["opened anew", "open"])
 def test_a_shorter_file_is_noticed(tmp_path, held):
     """Also while somebody has it open, whose descriptor is used then."""

@@ -15,7 +15,7 @@ from dask_zbig.array.display import BINS, LEAVES
 from dask_zbig.memory.states import states
 from dask_zbig.storage import extents as ex
 from dask_zbig.storage.format import LEAF_BYTES
-from dask_zbig.storage.reader import SegmentSource
+from dask_zbig.storage.reader import BlobSource, InlineSource
 from dask_zbig.storage.segment import InlineSegment, SegmentRef
 from dask_zbig.storage.survey import survey
 
@@ -96,8 +96,9 @@ def test_nothing_is_read_and_nothing_changes(conn, monkeypatch):
     def read(*_):
         raise AssertionError("data was read")
 
-    monkeypatch.setattr(SegmentSource, "read", read)
-    monkeypatch.setattr(SegmentSource, "descriptor", read)
+    for kind in (BlobSource, InlineSource):
+        monkeypatch.setattr(kind, "read", read)
+        monkeypatch.setattr(kind, "descriptor", read)
     assert A.info().stored == 32 * MIB
     assert A._repr_html_()
     assert A.info().mapped == 0

@@ -253,7 +253,7 @@ def test_when_all_descriptors_are_taken(tmp_path):
             os.close(fd)
 
 
-# guard: segment.py, `open_blob`: `close_unused`; removed -> LoadError
+# guard: reader.py, `open_blob`: `close_unused`; removed -> LoadError
 def test_a_blob_that_cannot_be_opened_for_want_of_descriptors(tmp_path, monkeypatch):
     db = dz.open(tmp_path / "x.fs")
     oid = stored(db, Blob(DATA))
