@@ -24,6 +24,17 @@ typedef struct __attribute__((packed)) {
 } row;
 _Static_assert(sizeof(row) == ZT_ROW, "as it is stored");
 
+typedef struct __attribute__((packed)) {
+    uint64_t start, stop, oid, offset; /* the oid is big-endian */
+} moved;
+_Static_assert(sizeof(moved) == ZT_MOVED, "as it is noted");
+
+typedef struct __attribute__((packed)) {
+    uint32_t gap, length;
+    uint64_t oid, offset;
+} moved_row;
+_Static_assert(sizeof(moved_row) == ZT_MOVED_ROW, "as it is stored");
+
 /* A segment, while its extents are gone through: the last one that was met. */
 typedef struct {
     uint64_t start, stop, offset;
@@ -114,6 +125,19 @@ int zt_columns(const void *extents, size_t n, const uint64_t *lengths, size_t co
     for (size_t i = 0; i < count; i++) at[i] = segments[i].votes > 0;
     free(segments);
     return 0;
+}
+
+void zt_moved_columns(const void *moved_, size_t k, uint64_t base, void *out)
+{
+    const moved *m = moved_;
+    uint64_t end = base, before = 0;
+    for (size_t i = 0; i < k; i++) {
+        uint64_t oid = __builtin_bswap64(m[i].oid);
+        moved_row r = {(uint32_t)(m[i].start - end), (uint32_t)(m[i].stop - m[i].start), oid - before, m[i].offset};
+        spread(&r, sizeof r, i, k, out);
+        end = m[i].stop;
+        before = oid;
+    }
 }
 
 int zt_rows(const void *columns, size_t n, size_t count, uint64_t base, void *extents, uint64_t *lengths,

@@ -18,12 +18,17 @@
 #define ZT_API __attribute__((visibility("default")))
 #define ZT_EXTENT 28u /* bytes of an extent */
 #define ZT_ROW 20u    /* bytes of its row in the columns: gap, length, segment (u32), offset (u64) */
+#define ZT_MOVED 32u  /* bytes of a run that was moved: start, stop (u64), oid (8 bytes), offset (u64) */
+#define ZT_MOVED_ROW 24u /* bytes of its row: gap, length (u32), oid (less the one before), offset (u64) */
 
 /** The columns of n extents (sorted, disjoint, of the leaf that begins at byte `base`) and of the `count` segments that
  *  they refer to: n * ZT_ROW + count * 9 bytes. -ENOMEM; -EINVAL if an extent refers to another segment. */
 ZT_API int zt_columns(const void *extents, size_t n, const uint64_t *lengths, size_t count, uint64_t base, void *out);
 
-/** The inverse, for columns of unknown origin: n extents, which need not be sorted or make sense otherwise, and the
+/** The columns of k runs (sorted, disjoint) that were moved: k * ZT_MOVED_ROW bytes. */
+ZT_API void zt_moved_columns(const void *moved, size_t k, uint64_t base, void *out);
+
+/** The inverse of zt_columns(), for columns of unknown origin: n extents, which need not be sorted or make sense otherwise, and the
  *  lengths of `count` segments. -ENOMEM. -EINVAL if one refers to no segment of these: then *most is the highest that
  *  is referred to, and what was written does not count. */
 ZT_API int zt_rows(const void *columns, size_t n, size_t count, uint64_t base, void *extents, uint64_t *lengths,

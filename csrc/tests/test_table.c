@@ -74,6 +74,18 @@ static void what_goes_in_comes_out(void)
     }
 }
 
+static void what_was_moved(void)
+{
+    uint64_t rows[2][4] = {{100, 110, 0x0100000000000000, 7}, {115, 120, 0x0300000000000000, UINT64_MAX}};
+    uint8_t *moved = exactly(2 * ZT_MOVED), *columns = exactly(2 * ZT_MOVED_ROW);
+    uint8_t expected[2 * ZT_MOVED_ROW] = {[0] = 36, [1] = 5, [8] = 10, [9] = 5, [16] = 1, [17] = 2, [32] = 7};
+    for (int i = 0; i < 8; i++) expected[33 + 2 * i] = 0xFF;
+    memcpy(moved, rows, sizeof rows);
+    zt_moved_columns(moved, 2, 64, columns);
+    CHECK(memcmp(columns, expected, sizeof expected) == 0);
+    free(moved), free(columns);
+}
+
 static void junk_stays_inside(void)
 {
     unsigned refused = 0, taken = 0;
@@ -142,6 +154,7 @@ int main(void)
 {
     watchdog(100);
     RUN(what_goes_in_comes_out);
+    RUN(what_was_moved);
     RUN(junk_stays_inside);
     RUN(a_splice_shows_what_it_should);
     return 0;

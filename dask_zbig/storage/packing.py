@@ -41,7 +41,6 @@ _ffi: Any
 _ffi, _lib = compiled("dask_zbig.storage._table")
 _ROW_BYTES: int = _lib.ZT_ROW
 _LEVEL = 3  # half the time of 6, for a few bytes more
-_ZERO = np.zeros(1, np.uint64)
 
 
 def pack(
@@ -63,13 +62,11 @@ def pack(
     if not len(moved):
         to = b""
     base = int(extents["start"][0]) // LEAF_BYTES * LEAF_BYTES if len(extents) else 0
-    parts: list[bytes | bytearray] = [_columns(extents, segments["length"], base)]
+    parts = [_columns(extents, segments["length"], base)]
     if to:
-        before = np.empty(len(moved), _MOVED_ROW)
-        _pack_places(before, moved, base)
-        before["oid"] = np.diff(np.ascontiguousarray(moved["oid"]).view(">u8").astype(np.uint64), prepend=_ZERO)
-        before["offset"] = moved["offset"]
-        parts.append(_planes(before))
+        parts.append(bytearray(len(moved) * _MOVED_ROW.itemsize))
+        runs = _ffi.from_buffer(np.ascontiguousarray(moved))
+        _lib.zt_moved_columns(runs, len(moved), base, _ffi.from_buffer(parts[-1]))
     header = _HEADER.pack(base // LEAF_BYTES, len(extents), len(moved) if to else 0, age)
     compressed = zlib.compress(b"".join(parts), _LEVEL)
     return b"".join([header, to.ljust(8, b"\0") if to else b"", segments["checksum"].tobytes(), compressed])
@@ -171,26 +168,13 @@ def _decompressed(data: bytes, size: int) -> bytes:
     return found
 
 
-# -- what was moved: by NumPy, for it is there after joining only
-
-
-def _planes(rows: npt.NDArray[Any]) -> bytes:
-    return np.ascontiguousarray(rows).view(np.uint8).reshape(len(rows), rows.dtype.itemsize).T.tobytes()
+# -- what was moved: read by NumPy, for who reads it has time
 
 
 def _rows(planes: bytes, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     count = len(planes) // dtype.itemsize
     turned = np.ascontiguousarray(np.frombuffer(planes, np.uint8).reshape(dtype.itemsize, count).T)
     return turned.view(dtype).reshape(count)
-
-
-def _pack_places(rows: npt.NDArray[np.void], places: npt.NDArray[np.void], base: int) -> None:
-    starts, stops = places["start"], places["stop"]
-    gaps = starts.copy()
-    gaps[1:] -= stops[:-1]
-    gaps[:1] -= np.uint64(base)
-    rows["gap"] = gaps
-    rows["length"] = stops - starts
 
 
 def _unpack_places(places: npt.NDArray[np.void], rows: npt.NDArray[np.void], base: int) -> None:

@@ -169,13 +169,14 @@ class ExtentLeaf(_Watched):
     def splice(self, new: ex.Extents, refs: Sequence[SegmentRef]) -> None:
         """Put `new` extents, whose segment indices are into `refs`, over what is there."""
         self.move = self.move.older()
-        keys = {r.key: i for i, r in enumerate(self.refs)}
         if len(new) == 1:
             start, stop, number, offset = new[0].item()
-            if refs[number].key not in keys:  # as of most small commits
+            key = refs[number].key
+            if all(r.key != key for r in self.refs):  # as of most small commits
                 extents, order = put(self.extents, len(self.refs), start, stop, offset)
                 self._take(extents, [*self.refs, refs[number]], order)
                 return
+        keys = {r.key: i for i, r in enumerate(self.refs)}
         table = list(self.refs)
         mapping = np.zeros(len(refs), np.int64)
         for i in ex.used(new).tolist():
@@ -202,8 +203,8 @@ class ExtentLeaf(_Watched):
 
     def _take(self, extents: ex.Extents, table: Sequence[SegmentRef], order: Sequence[int]) -> None:
         self.extents = extents
-        self.refs = tuple(table[i] for i in order)
-        if self.move.to and all(r.key != self.move.to for r in self.refs):
+        self.refs = tuple([table[i] for i in order])
+        if self.move.to and len(order) < len(table) and all(r.key != self.move.to for r in self.refs):
             self.move = NOT_MOVED  # nothing is left of it
 
     def join(self, new: ex.Extents, refs: Sequence[SegmentRef], moved: Sequence[tuple[int, int, bytes, int]]) -> None:
