@@ -18,7 +18,7 @@ __all__ = ["compiled"]
 
 
 def compiled(name: str) -> tuple[Any, Any]:
-    """The ``ffi`` and ``lib`` of a compiled module, with all the types that it has.
+    """The ``ffi`` and ``lib`` of a compiled module, with all the types that it declares.
 
     cffi makes a type when it is first used. If the garbage collector comes in just then and lets another thread run,
     which uses the type too, that ends the process (its issue 271); and loaders are four threads that begin with one and
@@ -27,7 +27,7 @@ def compiled(name: str) -> tuple[Any, Any]:
     try:
         module = importlib.import_module(name)
     except ImportError as e:
-        if e.name not in (name, name.rpartition(".")[0]):
+        if e.name != name:
             raise
         module = _installed(name)
     ffi, lib = module.ffi, module.lib

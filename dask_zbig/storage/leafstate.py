@@ -152,4 +152,5 @@ def merge_leaves(old: LeafState, committed: LeafState, new: LeafState) -> LeafSt
     changed = ex.changed(*was, *theirs, *ours)
     extents, table = ex.combine(committed.extents, committed.keys(), new.extents, new.keys(), changed)
     sides: dict[str, Sequence[SegmentRef]] = {"committed": committed.refs, "new": new.refs}
-    return LeafState(extents, tuple(sides[side][i] for side, i in table), committed.move)
+    refs = tuple(sides[side][i] for side, i in table)
+    return LeafState(extents, refs, committed.move if any(r.key == committed.move.to for r in refs) else NOT_MOVED)

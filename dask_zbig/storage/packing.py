@@ -1,9 +1,9 @@
 """The table of an extent leaf, as few bytes as it takes: columns that say what the rows before do not, compressed.
 
 Pure. A leaf is written again by every commit that changes it, so its record is most of what a small commit writes, and
-to make it was the most of what it did: so the columns are made, and read, in C (csrc/table.c). As rows of numbers
-(format 1) an extent takes 28 bytes; here, among others, one of 8 bytes takes about 5, and one of many that follow each
-other nearly nothing. `dask_zbig.storage.format` has the rules.
+to make it was the most of what that did: so its columns are made in C (csrc/table.c), and read, but for those of what
+was moved. As rows of numbers (format 1) an extent takes 28 bytes; here, among others, one of 8 bytes takes about 5, and
+one of many that follow each other nearly nothing. `dask_zbig.storage.format` has the rules.
 
 Columns are byte 0 of all rows, byte 1 of all rows, and so on: those that are all the same take no space. A row is the
 distance to the extent before, the length, a segment and an offset. The segment is 0 if it is the first one that was not
@@ -40,6 +40,8 @@ _lib: Any
 _ffi: Any
 _ffi, _lib = compiled("dask_zbig.storage._table")
 _ROW_BYTES: int = _lib.ZT_ROW
+# (made here for the reason that `compiled` has)
+_WORDS, _NUMBERS, _WORD, _SIZE = (_ffi.typeof(t) for t in ("uint64_t[]", "uint32_t[]", "uint64_t *", "size_t *"))
 _LEVEL = 3  # half the time of 6, for a few bytes more
 
 
@@ -56,12 +58,19 @@ def pack(
     to, moved, age
         The oid of the segment that bytes were joined into, or b""; where they were (MOVED), sorted and disjoint; and
         how many commits ago that was.
+
+    Raises
+    ------
+    FormatError
+        If the extents are of several leaves, or of other segments.
     """
     if not len(extents) and not len(segments):
         return b""
     if not len(moved):
         to = b""
     base = int(extents["start"][0]) // LEAF_BYTES * LEAF_BYTES if len(extents) else 0
+    if len(extents) and int(extents["stop"][-1]) - base > LEAF_BYTES:
+        raise FormatError(f"has extents up to {extents['stop'][-1]} in leaf {base // LEAF_BYTES}")
     parts = [_columns(extents, segments["length"], base)]
     if to:
         parts.append(bytearray(len(moved) * _MOVED_ROW.itemsize))
@@ -114,16 +123,18 @@ def _columns(extents: ex.Extents, lengths: npt.NDArray[np.uint64], base: int) ->
     n, count = len(extents), len(lengths)
     out, sizes = bytearray(n * _ROW_BYTES + count * 9), np.ascontiguousarray(lengths)
     rows = _ffi.from_buffer(np.ascontiguousarray(extents))
-    _check(_lib.zt_columns(rows, n, _numbers(sizes), count, base, _ffi.from_buffer(out)), extents, count)
+    _check(
+        _lib.zt_columns(rows, n, _ffi.from_buffer(_WORDS, sizes), count, base, _ffi.from_buffer(out)), extents, count
+    )
     return out
 
 
 def _rows_of(columns: bytes, n: int, count: int, base: int) -> tuple[ex.Extents, npt.NDArray[np.uint64]]:
     """The extents, and the lengths of the segments. `columns` has as many bytes as it takes, or more."""
     extents, lengths = np.empty(n, ex.EXTENT), np.empty(count, np.uint64)
-    most = _ffi.new("uint64_t *")
+    most = _ffi.new(_WORD)
     source, rows = _ffi.from_buffer(columns), _ffi.from_buffer(extents)
-    result = _lib.zt_rows(source, n, count, base, rows, _numbers(lengths), most)
+    result = _lib.zt_rows(source, n, count, base, rows, _ffi.from_buffer(_WORDS, lengths), most)
     if result == -errno.EINVAL:
         raise FormatError(f"has an extent of segment {most[0]}, of {count}")
     _check(result, extents, count)
@@ -136,16 +147,12 @@ def put(extents: ex.Extents, count: int, start: int, stop: int, offset: int) -> 
     Returns the extents, whose segments are numbered by first appearance, and which segment each of these was, or
     `count` for the new one.
     """
-    out, order, used = np.empty(len(extents) + 2, ex.EXTENT), np.empty(count + 1, np.uint32), _ffi.new("size_t *")
+    out, order, used = np.empty(len(extents) + 2, ex.EXTENT), np.empty(count + 1, np.uint32), _ffi.new(_SIZE)
     old = _ffi.from_buffer(np.ascontiguousarray(extents))
-    new, numbers = _ffi.from_buffer(out), _ffi.from_buffer("uint32_t[]", order)
+    new, numbers = _ffi.from_buffer(out), _ffi.from_buffer(_NUMBERS, order)
     n = _lib.zt_put(old, len(extents), count, start, stop, offset, new, numbers, used)
     _check(min(n, 0), extents, count)
     return out[:n], order[: used[0]].tolist()
-
-
-def _numbers(array: npt.NDArray[np.uint64]) -> Any:
-    return _ffi.from_buffer("uint64_t[]", array)
 
 
 def _check(result: int, extents: ex.Extents, count: int) -> None:

@@ -3,7 +3,7 @@
 Like an MMU's page table it has fixed keys and is never rebalanced, so which bytes an invalidation touches has
 an exact answer. Two transactions that change different bytes of one leaf are merged when the second commits.
 
-These classes are imported by storage servers too, to resolve conflicts: this module needs no memory core.
+These classes are imported by storage servers too, to resolve conflicts.
 """
 
 from __future__ import annotations

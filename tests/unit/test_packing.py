@@ -109,6 +109,13 @@ def test_an_extent_of_no_segment_is_not_packed():
         packing.put(extents, 2, 0, 1, 0)
 
 
+def test_extents_of_two_leaves_are_not_packed():
+    """Gaps of 4 GiB would not fit. Three damaged states may be merged to this."""
+    extents = ex.make([(0, 1, 0, 0), (LEAF_BYTES + 5, LEAF_BYTES + 6, 0, 0)])
+    with pytest.raises(FormatError, match=f"up to {LEAF_BYTES + 6} in leaf 0"):
+        pack(extents, np.array([(10, 0)], SEGMENT), *NO_MOVE)
+
+
 @given(st.data())
 def test_put(data):
     runs = data.draw(places)
