@@ -44,11 +44,24 @@ def blob_files(path):
     return [os.path.join(d, f) for d, _, files in os.walk(f"{path}.blobs") for f in files if f.endswith(".blob")]
 
 
+def open_here(files):
+    """Which of these files this process has open."""
+    found = set()
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # it is closed by now
+            found.add(os.readlink(f"/proc/self/fd/{fd}"))
+    return found & {os.path.realpath(file) for file in files}
+
+
 @contextlib.contextmanager
 def away(path):
     """The blobs are not there."""
     files = blob_files(path)
     assert files
+    deadline = time.monotonic() + 60
+    while open_here(files):  # by a loader that has mapped them, and woken us, and has not come to its end yet
+        assert time.monotonic() < deadline, "a file stays open"
+        time.sleep(0.001)
     for file in files:
         os.rename(file, file + ".away")
     try:
