@@ -220,6 +220,8 @@ class DataManager:
 
     def tpc_begin(self, current: Any) -> None:
         """Write data out, sync it, and change the extent map."""
+        if self.connection._needs_to_join:  # nothing had changed when the commit began, and it is too late to join:
+            return  # what another thread has written since is the next transaction's
         for opened in list(self.files.values()):
             if opened.dirty:
                 self.flush(opened)

@@ -25,6 +25,7 @@ import dask_zbig as dz
 from dask_zbig.database import open_at
 from dask_zbig.memory._native import counters
 from dask_zbig.storage.format import LEAF_BYTES
+from dask_zbig.transaction import DataManager
 
 MIB = 1 << 20
 SMALL, DEEP = MIB, LEAF_BYTES + MIB  # bytes: below one leaf, and with a node above the leaves
@@ -182,6 +183,33 @@ def test_writes_between_transactions_belong_to_the_next(clients):
     one.commit()
     two.begin()
     assert b[:4].tolist() == [1, 2, 3, 0]
+
+
+# guard: transaction.py, `tpc_begin`: `_needs_to_join`; removed -> ValueError: expected txn status 'Active' or 'Doomed'
+def test_a_write_after_a_commit_of_nothing_has_begun_belongs_to_the_next(clients, monkeypatch):
+    """Threads write to views at any moment: also between the question whether anything has changed, and the flush."""
+    clients.new(SMALL, "u1")
+    one, A, two, B = clients.pair()
+    a = A[:]
+    begin = DataManager.tpc_begin
+
+    def write_and_begin(self, current):
+        if self.connection is one.connection:
+            a[12] = 5
+        begin(self, current)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DataManager, "tpc_begin", write_and_begin)
+        one.commit()
+    assert a[12] == 5
+    two.begin()
+    assert B[12] == 0
+    two.root["other"] = 1
+    two.commit()
+    one.commit()
+    assert a[12] == 5
+    two.begin()
+    assert B[12] == 5
 
 
 def test_writes_between_transactions_conflict(clients):
