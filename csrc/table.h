@@ -2,8 +2,8 @@
  *
  * table.h - the table of an extent leaf, row by row: what every small commit does, and Python is slow at.
  *
- * Pure functions over memory that the caller owns. They have nothing to do with the memory core (zbig.h): storage
- * servers use them, too, and these have no windows and no signal handlers. Thread-safe.
+ * Pure functions over memory that the caller owns. They have nothing to do with the memory core (zbig.h), as storage and
+ * memory know nothing of each other. Thread-safe.
  *
  * An *extent* is 28 bytes, little-endian, as it is stored: start, stop (u64), segment (u32), offset (u64), at any
  * alignment. Arithmetic is modulo 2^64. Lengths of segments are u64, aligned. What the columns mean is described in
@@ -28,9 +28,9 @@ ZT_API int zt_columns(const void *extents, size_t n, const uint64_t *lengths, si
 /** The columns of k runs (sorted, disjoint) that were moved: k * ZT_MOVED_ROW bytes. */
 ZT_API void zt_moved_columns(const void *moved, size_t k, uint64_t base, void *out);
 
-/** The inverse of zt_columns(), for columns of unknown origin: n extents, which need not be sorted or make sense otherwise, and the
- *  lengths of `count` segments. -ENOMEM. -EINVAL if one refers to no segment of these: then *most is the highest that
- *  is referred to, and what was written does not count. */
+/** The inverse of zt_columns(), for columns of unknown origin: n extents, which need not be sorted or make sense
+ *  otherwise, and the lengths of `count` segments. -ENOMEM. -EINVAL if one refers to no segment of these: then *most is
+ *  the highest that is referred to, and what was written does not count. */
 ZT_API int zt_rows(const void *columns, size_t n, size_t count, uint64_t base, void *extents, uint64_t *lengths,
                    uint64_t *most);
 

@@ -220,8 +220,10 @@ class DataManager:
 
     def tpc_begin(self, current: Any) -> None:
         """Write data out, sync it, and change the extent map."""
-        if self.connection._needs_to_join:  # nothing had changed when the commit began, and it is too late to join:
-            return  # what another thread has written since is the next transaction's
+        if self.connection._needs_to_join:
+            # Nothing had changed when the commit began, and now it is too late for the Connection to join: what another
+            # thread has written since is the next transaction's.
+            return
         for opened in list(self.files.values()):
             if opened.dirty:
                 self.flush(opened)

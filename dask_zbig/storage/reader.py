@@ -15,7 +15,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import xxhash
 from ZODB._compat import PersistentUnpickler
@@ -44,10 +44,8 @@ RECENT, SMALL = 256, 4096
 _DOWNLOADS = 4
 
 
-class SegmentSource:
+class _Committed:
     """A committed segment, read by its oid. Thread-safe."""
-
-    in_file: bool
 
     def __init__(self, reader_: SegmentReader, oid: bytes, ref: SegmentRef) -> None:
         self._reader = reader_
@@ -58,25 +56,8 @@ class SegmentSource:
     def __repr__(self) -> str:
         return _name(self._oid, self.length)
 
-    @property
-    def loaded(self) -> bool:
-        """Whether its record has been read, and holds all of it."""
-        return False
 
-    def local(self) -> bool:
-        raise NotImplementedError
-
-    def descriptor(self) -> Descriptor | None:
-        raise NotImplementedError
-
-    def read(self, offset: int, size: int) -> bytes:
-        raise NotImplementedError
-
-    def recheck(self) -> None:
-        """Raise `LoadError` if the file is shorter than it should be by now."""
-
-
-class InlineSource(SegmentSource):
+class InlineSource(_Committed):
     """An `InlineSegment`."""
 
     in_file = False
@@ -88,6 +69,7 @@ class InlineSource(SegmentSource):
 
     @property
     def loaded(self) -> bool:
+        """Whether they have been."""
         return self._data is not None
 
     def local(self) -> bool:
@@ -102,8 +84,11 @@ class InlineSource(SegmentSource):
             data = self._data = self._reader.load_inline(self._oid, self.length, self._checksum, self)
         return data[offset : offset + size]
 
+    def recheck(self) -> None:
+        """There is no file that could have become shorter."""
 
-class BlobSource(SegmentSource):
+
+class BlobSource(_Committed):
     """A blob."""
 
     in_file = True
@@ -126,10 +111,14 @@ class BlobSource(SegmentSource):
         return read_all(self.descriptor(), offset, size, self)
 
     def recheck(self) -> None:
+        """Raise `LoadError` if the file is shorter than it should be by now."""
         file = self.descriptor()
         size = os.fstat(file.fd).st_size
         if size < self.length:
             raise LoadError(f"{self} has only {size} bytes left: its file was truncated")
+
+
+SegmentSource: TypeAlias = InlineSource | BlobSource
 
 
 class SegmentReader:
@@ -156,7 +145,7 @@ class SegmentReader:
         identity = (oid, ref.length, ref.checksum)
         source = self._sources.get(identity)
         if source is None:
-            made = (InlineSource if ref.inline else BlobSource)(self, oid, ref)
+            made = InlineSource(self, oid, ref) if ref.inline else BlobSource(self, oid, ref)
             source = self._sources.setdefault(identity, made)
             if isinstance(source, InlineSource) and source.length <= SMALL:
                 self._recent.append(source)
@@ -177,7 +166,7 @@ class SegmentReader:
                 continue  # not committed yet
             identity = (oid, ref.length, ref.checksum)
             source = self._sources.get(identity)
-            if identity not in self._serials and not (source is not None and source.loaded):
+            if identity not in self._serials and not (isinstance(source, InlineSource) and source.loaded):
                 oids.append(oid)
         if len(oids) > 1:
             self._storage.prefetch(oids[:AHEAD], maxtid)
