@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 from ZODB.utils import z64
 
+from dask_zbig.signals import ctrl_c_postponed
+
 __all__ = ["Guarded", "guard_connection", "take_back", "watch_get", "watch_unjoin"]
 
 
@@ -48,7 +50,8 @@ def guard_connection(connection: Any, managers: MutableMapping[Any, Any]) -> Non
     after; this is the one place that knows. ``close``: ZODB refuses to close a connection with changed objects,
     but what close callbacks raise is only logged. ``_rollback_savepoint``: an array may become known to us by the
     very savepoint that the connection takes, when it is too late to take part in it. ``_store_objects``: see
-    `take_back`.
+    `take_back`. ``tpc_finish``: what Ctrl-C raises in the middle of it has the Connection disown new objects that the
+    database has.
     """
     if "_zbig_guarded" in connection.__dict__:
         return
@@ -81,6 +84,11 @@ def guard_connection(connection: Any, managers: MutableMapping[Any, Any]) -> Non
                 take_back(obj, self)
             raise
 
+    def tpc_finish(self: Any, current: Any) -> None:
+        with ctrl_c_postponed(once=True):  # a server may not answer
+            cls.tpc_finish(self, current)
+
+    connection.tpc_finish = types.MethodType(tpc_finish, connection)
     connection._store_objects = types.MethodType(store_objects, connection)
     connection._rollback_savepoint = types.MethodType(rollback_savepoint, connection)
     connection.newTransaction = types.MethodType(new_transaction, connection)

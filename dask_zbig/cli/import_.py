@@ -150,16 +150,24 @@ def _store(
             commit()
         except BaseException:
             with contextlib.suppress(ZBigError, POSError, OSError):  # what went wrong first is to be told
-                _forget(container, working, manager, count)
+                manager.abort()
+                if _saved_at(container, name, array):  # Ctrl-C came in the last commit
+                    click.echo(f"{path}: all of it is saved", err=True)
+                else:
+                    _forget(container, working, manager, array)
             raise
     return count, total
 
 
-def _forget(container: Any, working: str, manager: Any, count: int) -> None:
-    manager.abort()
-    if count and working in container:
+def _forget(container: Any, working: str, manager: Any, array: ZBigArray) -> None:
+    if _saved_at(container, working, array):
         del container[working]
         manager.commit()
+
+
+def _saved_at(container: Any, name: str, array: ZBigArray) -> bool:
+    stored = array._p_jar is not None  # else the container may be as new, and keep it after an abort
+    return stored and name in container and container[name] is array
 
 
 def _verify(source: FileArray, uri: str, path: str, total: str) -> None:

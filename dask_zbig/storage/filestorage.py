@@ -19,6 +19,7 @@ from ZODB.blob import LAYOUT_MARKER, FilesystemHelper, rename_or_copy_blob
 from ZODB.FileStorage import FileStorage as _FileStorage
 from ZODB.FileStorage.FileStorage import FileStorageFormatError
 
+from dask_zbig.signals import ctrl_c_postponed
 from dask_zbig.storage.modes import follow, make_directory
 from dask_zbig.storage.tail import unfinished
 
@@ -42,6 +43,7 @@ class FileStorage(_FileStorage):  # type: ignore[misc]  # ZODB ships no types
     - The index and the blob directory's mark are on the disk before their names are, and a packed file before it
       replaces the old one, which it does in one step.
     - A transaction that ends before its vote leaves no blob files behind.
+    - Ctrl-C while a transaction becomes visible is raised after it, and does not close the storage.
     - Pack keeps no second copy, neither of ``Data.fs`` nor of the blobs.
     - No object gets the oid of one that was packed away: clients, which may know that one still, would take them for
       the same. (ZODB's own forgets these when it is opened again. The highest is kept in ``<path>.oid``.)
@@ -118,6 +120,12 @@ class FileStorage(_FileStorage):  # type: ignore[misc]  # ZODB ships no types
         resolved = super().tpc_vote(transaction)
         os.fdatasync(self._file.fileno())
         return resolved
+
+    def tpc_finish(self, transaction: Any, f: Any = None) -> bytes:
+        """Finish the transaction. Ctrl-C has to wait: if anything fails here, the storage closes."""
+        with ctrl_c_postponed():
+            tid: bytes = super().tpc_finish(transaction, f)
+        return tid
 
     def _finish_finish(self, tid: bytes) -> None:
         # ZODB's own, but that this syncs the one byte that has changed, and not the file's times, for half the price.

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import signal
 import time
 
 import dask
+import numpy as np
 import pytest
 import transaction
 from ZODB.POSException import ConflictError
@@ -89,6 +92,49 @@ def test_a_freeze_that_is_interrupted(connect, monkeypatch):
     view[1] = 2
     manager.commit()
     assert view[:3].tolist() == [0, 2, 0]
+
+
+@pytest.mark.parametrize("server", [False, True])
+def test_ctrl_c_when_the_transaction_has_been_saved(tmp_path, db, server, monkeypatch):
+    """The program sees KeyboardInterrupt, the database has the transaction, and so have the arrays, new ones too."""
+    with contextlib.ExitStack() as stack:
+        if server:
+            uri = stack.enter_context(dz.serve(tmp_path / "served.fs"))
+            db = stack.enter_context(contextlib.closing(dz.open(uri)))
+        _ctrl_c_when_saved(db, monkeypatch)
+
+
+def _ctrl_c_when_saved(db, monkeypatch):
+    connection = db.open(manager := transaction.TransactionManager())
+    root = connection.root()
+    root["A"] = array = dz.ZBigArray(5 << 20, "u1")
+    manager.commit()
+    view = array[:]
+    view[3] = 1
+    root["N"] = new = dz.ZBigArray(5 << 20, "u1")
+    new[5:9] = 7
+    of_new = new[:]
+    finish = type(connection._storage).tpc_finish
+
+    def interrupted(*args):
+        tid = finish(*args)
+        signal.raise_signal(signal.SIGINT)  # the Connection has not noted yet what it has saved
+        return tid
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(connection._storage), "tpc_finish", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            manager.commit()
+    manager.abort()
+    assert root["N"] is new
+    assert (view[:5].tolist(), of_new[4:10].tolist()) == ([0, 0, 0, 1, 0], [0, 7, 7, 7, 7, 0])
+    view[0] = of_new[0] = 9
+    manager.commit()
+    with db.transaction() as other:
+        assert np.array_equal(other.root()["A"][:], view)
+        assert np.array_equal(other.root()["N"][:], of_new)
+        assert (view.sum(), of_new.sum()) == (10, 37)
+    connection.close()
 
 
 def test_undo_redo_and_pack_in_a_process_that_has_read_the_segment(db, connect):

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 import dask_zbig as dz
 from dask_zbig.cli import formats, import_, transfer
 from dask_zbig.cli.main import main
+from dask_zbig.storage.filestorage import FileStorage
 
 needs_zarr = pytest.mark.skipif(importlib.util.find_spec("zarr") is None, reason="needs zarr")
 needs_h5py = pytest.mark.skipif(importlib.util.find_spec("h5py") is None, reason="needs h5py")
@@ -289,6 +290,31 @@ def test_an_import_that_fails_leaves_nothing(db, monkeypatch, size):
     assert [row["path"] for row in json.loads(ok("ls", db, "--json"))] == ["A"]
     left = os.listdir(os.path.join(db + ".blobs", "tmp"))
     assert [name for name in left if not name.endswith(".lock")] == []  # (that is this process's)
+
+
+@pytest.mark.parametrize(("nth", "saved"), [(1, False), (2, False), (4, True)])
+def test_ctrl_c_in_the_last_step_of_a_commit(db, monkeypatch, nth, saved):
+    """Nothing is left of the import, but if it was its last commit: then it is said."""
+    put(db, np.ones(3))
+    np.save("x.npy", array := data((4 << 17,)))
+    monkeypatch.setattr(transfer.boxes, "__defaults__", (1 << 20,))
+    count = itertools.count(1)
+    finish = FileStorage._finish_finish
+
+    def interrupted(self, tid):
+        if next(count) == nth:
+            signal.raise_signal(signal.SIGINT)
+        finish(self, tid)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FileStorage, "_finish_finish", interrupted)
+        result = run("import", "x.npy", db, "B", "--transaction-size", "1MiB")
+    assert (result.exit_code, result.stderr) == (1, "B: all of it is saved\n" * saved + "\nAborted!\n")
+    assert next(count) == 5 if saved else nth + 2
+    assert [row["path"] for row in json.loads(ok("ls", db, "--json"))] == (["A", "B"] if saved else ["A"])
+    if saved:
+        with dz.open(db).transaction() as connection:
+            assert same(connection.root()["B"][:], array)
 
 
 def test_an_import_that_is_killed_shows_nothing_at_its_path(db, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import stat
 import time
 
@@ -72,6 +73,32 @@ def test_failed_sync_fails_the_transaction(tmp_path, opened, monkeypatch):
     assert not list((tmp_path / "x.fs.blobs").rglob("*.blob"))
     put_blob(db, "b", b"again")
     assert get_blob(db, "b") == b"again"
+
+
+def test_ctrl_c_does_not_close_it(tmp_path, opened, monkeypatch):
+    """ZODB's own closes if anything fails in the last step, for all connections of the process."""
+    path = tmp_path / "x.fs"
+    db = opened(path)
+    put_blob(db, "a", b"before")
+    sync, synced = os.fdatasync, []
+
+    def interrupted(descriptor):
+        sync(descriptor)
+        synced.append(descriptor)
+        if len(synced) == 2:  # the first is in the vote
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            put_blob(db, "b", b"blob")
+    assert len(synced) == 2
+    transaction.abort()
+    assert (get_blob(db, "a"), get_blob(db, "b")) == (b"before", b"blob")
+    put_blob(db, "c", b"after")
+    db.close()
+    db = opened(path)
+    assert [get_blob(db, key) for key in "abc"] == [b"before", b"blob", b"after"]
 
 
 def test_pack_keeps_mode_and_no_copies(tmp_path, opened):
