@@ -11,8 +11,43 @@ from dask_zbig.storage.format import LEAF_BYTES
 ROOM = 200_000  # elements that are written, of 2 bytes: more than a commit keeps inline
 GAP = LEAF_BYTES // 2 - 1000  # at the border of two leaves
 SCATTERED = 4000  # of more separate changes neighbours may be joined (see dask_zbig.trim), and more than them conflict
-FLAT = [(0, None)]
-DEEP = [(0, ROOM), (GAP - ROOM, None)]  # what lies between is nobody's
+
+
+class Regions:
+    """What of an array is used: all of it, or two parts. What lies between these is nobody's, and not in the model.
+
+    But for one element, which keeps apart what is apart.
+    """
+
+    def __init__(self, *parts):
+        self.parts = parts  # as the array has them
+        self.skipped = parts[1][0] - parts[0][1] - 1 if len(parts) == 2 else 0
+        self._first = parts[0][1] if self.skipped else None  # what follows this is moved
+
+    @property
+    def of_model(self):
+        """`parts` as the model has them."""
+        return [(lo - self.skipped if lo else lo, hi) for lo, hi in self.parts]
+
+    def size(self, n):
+        """The array's length if the model has `n`."""
+        return n + self.skipped if self.skipped and n > self._first else n
+
+    def model_size(self, n):
+        """The other way round. No array ends in what is nobody's."""
+        return n - self.skipped if self.skipped and n > self._first else n
+
+    def places(self, where):
+        """Positions in the model -> in the array."""
+        return where + self.skipped * (where >= self._first) if self.skipped else where
+
+    def model_places(self, where):
+        """The other way round."""
+        return where - self.skipped * (where >= self._first) if self.skipped else where
+
+
+FLAT = Regions((0, None))
+DEEP = Regions((0, ROOM), (GAP - ROOM, None))
 
 
 @dataclass(frozen=True)
@@ -24,7 +59,8 @@ class Snapshot:
 
     def parts(self, regions):
         """What there is to compare: shape, counters, and copies of the regions."""
-        return self.array.shape, list(self.counters), [self.array[lo:hi].copy() for lo, hi in regions]
+        shown = [self.array[lo:hi].copy() for lo, hi in regions.of_model]
+        return (regions.size(len(self.array)),), list(self.counters), shown
 
 
 class Change:

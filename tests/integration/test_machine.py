@@ -64,7 +64,7 @@ class Machine(RuleBasedStateMachine):
         self.clients = self.stack.enter_context(open_clients(self.kind, directory, self.servers))
         if self.kind != "demo":
             self.create(self.clients, start)
-        self.committed = Snapshot(np.zeros(start, "<u2"), (0,) * COUNTERS)
+        self.committed = Snapshot(np.zeros(self.regions.model_size(start), "<u2"), (0,) * COUNTERS)
         self.version = 0
         self.changes = []  # one for each version since `first`
         self.first = 0
@@ -92,6 +92,10 @@ class Machine(RuleBasedStateMachine):
 
     # -- data
 
+    def size(self, user):
+        """How long its array is."""
+        return self.regions.size(len(user.seen.array))
+
     def where(self, at, n, step, size):
         """A slice of what is somebody's; None if there is nothing."""
         if not size:
@@ -102,12 +106,17 @@ class Machine(RuleBasedStateMachine):
             return slice(at, stop, step)
         return slice(stop - 1, at - 1 if at else None, step)
 
+    def expect(self, user, places, data):
+        """This has been written. An old view may be longer than the array is."""
+        inside = places < self.size(user)
+        user.seen.write(self.regions.model_places(places[inside]), data[inside])
+
     def write_and_commit(self, user, **what):
         self.write(user, **what)
         self.commit(user)
 
     def write(self, user, *, at, n, step, value, scalar, how, which):
-        size = len(user.seen.array)
+        size = self.size(user)
         if how == "kept":
             if not user.views:
                 return
@@ -116,20 +125,20 @@ class Machine(RuleBasedStateMachine):
         where = self.where(at, n, step, size)
         if where is None:
             return
-        data = np.full(size, value, "<u2")[where]
+        places = np.arange(*where.indices(size))
+        data = np.full(len(places), value, "<u2")
         if not scalar:
             data = (np.arange(len(data)) + value).astype("<u2")
         given = value if scalar else data
         if how == "array":
             user.actor.write(where, given)
         elif how == "fancy":
-            user.actor.write(np.arange(size)[where], given)
+            user.actor.write(places, given)
         elif how == "view":
             user.actor.write_by_view(where, given)
         else:
             user.actor.write_by_kept_view(which, where, given)
-        inside = np.arange(size)[where] < len(user.seen.array)  # an old view may be longer than the array is
-        user.seen.write(np.arange(size)[where][inside], data[inside])
+        self.expect(user, places, data)
 
     def write_between(self, user, *, which, at, n, value, other):
         """After one transaction and before the next, while somebody else commits."""
@@ -137,12 +146,13 @@ class Machine(RuleBasedStateMachine):
         if not user.views or not len(user.seen.array):
             return
         user.actor.abort()
-        size = min(user.views[which % len(user.views)], len(user.seen.array))
+        size = min(user.views[which % len(user.views)], self.size(user))
         where = self.where(at, n, 1, size)
         if where is None:
             return
         user.actor.write_by_kept_view(which % len(user.views), where, value)
-        changed = np.arange(where.start, where.stop)[user.seen.array[where] != value]
+        changed = self.regions.model_places(np.arange(where.start, where.stop))
+        changed = changed[user.seen.array[changed] != value]
         self.write_and_commit(next(u for u in self.users if u is not user), **other)
         meanwhile = self.changes[user.seen.version - self.first :]
         user.actor.begin()
@@ -155,10 +165,11 @@ class Machine(RuleBasedStateMachine):
             self.finish(user, None)
 
     def write_the_same(self, user, at):
-        where = self.where(at, 1, 1, len(user.seen.array))
+        where = self.where(at, 1, 1, self.size(user))
         if where is not None:
-            user.actor.write(where, user.seen.array[where])
-            user.seen.write(where, user.seen.array[where])
+            place = self.regions.model_places(np.array([where.start]))
+            user.actor.write(where, user.seen.array[place])
+            user.seen.write(place, user.seen.array[place])
 
     def count_up(self, user, which):
         """An object of ZODB's own: it shall be there just when the array's changes are."""
@@ -166,20 +177,22 @@ class Machine(RuleBasedStateMachine):
         user.seen.counters[which] += 1
 
     def read(self, user, at, n, step):
-        where = self.where(at, n, step, len(user.seen.array))
+        size = self.size(user)
+        where = self.where(at, n, step, size)
         if where is not None:
-            np.testing.assert_array_equal(user.actor.read(where), user.seen.array[where])
+            places = self.regions.model_places(np.arange(*where.indices(size)))
+            np.testing.assert_array_equal(user.actor.read(where), user.seen.array[places])
 
     def keep_view(self, user):
         user.actor.keep_view()
-        user.views = [*user.views[-2:], len(user.seen.array)]
+        user.views = [*user.views[-2:], self.size(user)]
 
     def drop_views(self, user):
         user.actor.drop_views()
         user.views = []
 
     def append(self, user, n, value):
-        size = len(user.seen.array)
+        size = self.size(user)
         if self.regions is DEEP and size + n > (ROOM if size <= ROOM else GAP + ROOM):
             return
         if self.regions is FLAT and size + n > 2 * ROOM:
@@ -191,24 +204,24 @@ class Machine(RuleBasedStateMachine):
     def resize(self, user, size, upper):
         if self.regions is DEEP and upper:
             size += GAP
-        if size != len(user.seen.array):
+        if size != self.size(user):
             user.actor.resize(size)
-            user.seen.resize(size)
+            user.seen.resize(self.regions.model_size(size))
 
     def resize_and_back(self, user, size, upper, n, at, value, how):
         """With views of every size that are written to; then all of it is rolled back, or only the size is."""
         self.savepoint(user)
         self.keep_view(user)
-        before = len(user.seen.array)
+        before = self.size(user)
         self.resize(user, size, upper)
         self.append(user, n, value)
         self.keep_view(user)
         for which, length in enumerate(user.views):
             for place in (at, length - 5):
                 self.write_kept(user, which, self.where(place, 3000, 1, length), value)
-        if how == "size" and before != len(user.seen.array):
+        if how == "size" and before != self.size(user):
             user.actor.resize(before)
-            user.seen.resize(before)
+            user.seen.resize(self.regions.model_size(before))
         if how == "twice":
             self.savepoint(user)
             self.write_kept(user, 0, self.where(at, 1, 1, user.views[0]), value)
@@ -218,8 +231,8 @@ class Machine(RuleBasedStateMachine):
     def write_kept(self, user, which, where, value):
         if where is not None:
             user.actor.write_by_kept_view(which, where, value)
-            inside = np.arange(len(user.seen.array))[where]  # an old view may be longer than the array is
-            user.seen.write(inside, np.full(len(inside), value, "<u2"))
+            places = np.arange(where.start, where.stop)
+            self.expect(user, places, np.full(len(places), value, "<u2"))
 
     # -- transactions
 
@@ -296,7 +309,7 @@ class Machine(RuleBasedStateMachine):
             return
         if len(doubtful):
             with contextlib.closing(Actor(self.clients.db)) as fresh:
-                now = fresh.read(doubtful)
+                now = fresh.read(self.regions.places(doubtful))
             before = sized(self.committed.array, len(after.array))[doubtful]
             hidden = doubtful >= len(self.committed.array)
             assert np.all((now == after.array[doubtful]) | (now == before) | hidden)
@@ -339,15 +352,15 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def everybody_sees_what_they_should(self):
         for user in getattr(self, "users", ()):
-            shape, counters, shown = user.actor.see(self.regions)
+            shape, counters, shown = user.actor.see(self.regions.parts)
             expected_shape, _, expected = Snapshot(user.seen.array, ()).parts(self.regions)
             assert shape == expected_shape
             assert counters == user.seen.counters
             for view, size in zip(shown, [shape[0], *user.views], strict=True):
-                for got, want, (lo, _) in zip(view, expected, self.regions, strict=True):
+                for got, want, (lo, _) in zip(view, expected, self.regions.parts, strict=True):
                     np.testing.assert_array_equal(got, want[: max(size - lo, 0)])
         for old in getattr(self, "kept", ()):
-            old.compare(self.regions)
+            old.compare(self.regions.parts)
 
     def teardown(self):
         if not hasattr(self, "users"):
@@ -357,7 +370,7 @@ class Machine(RuleBasedStateMachine):
         for old in self.kept:
             old.close()
         with contextlib.closing(Actor(self.clients.db)) as fresh:
-            shape, counters, shown = fresh.see(self.regions)
+            shape, counters, shown = fresh.see(self.regions.parts)
         expected_shape, expected_counters, expected = self.committed.parts(self.regions)
         assert (shape, counters) == (expected_shape, expected_counters)
         for got, want in zip(shown[0], expected, strict=True):
