@@ -64,9 +64,14 @@ class Snapshot:
 
 
 class Change:
-    """What a transaction did: what was where, before it."""
+    """What a transaction did: what was where, before it.
 
-    def __init__(self, before, after, *, resized, note, undone=None):
+    `hidden`: where it wrote beyond the end, and what. Whoever shortens an array has others who write there conflict,
+    but for an undo. To whoever makes the array longer these are zeros, if they are there already; if both are
+    committed side by side, they are kept.
+    """
+
+    def __init__(self, before, after, *, resized, note, undone=None, hidden=None):
         self.size = len(before.array)
         n = min(self.size, len(after.array))
         tail = before.array[n:] if n < self.size else after.array[n:]
@@ -79,12 +84,14 @@ class Change:
         self.counted = _differing(before.counters, after.counters)
         self.resized = resized  # it stored a shape, if only the old one
         self.undone = undone  # the change that it undid
+        self.hidden = hidden or {}
         self.note = note
 
     @property
     def touched(self):
         """Where it stored something, if only beyond the end: a write that was undone when it was cut off already."""
-        return self.where if self.undone is None else np.union1d(self.where, self.undone.touched)
+        where = np.union1d(self.where, np.fromiter(self.hidden, int))
+        return where if self.undone is None else np.union1d(where, self.undone.touched)
 
     @property
     def scattered(self):
@@ -157,6 +164,14 @@ class Seen:
             # a change of shape meets a change of data: shrinking conflicts; and a storage may merge nothing
             maybe |= both or scattered or change.resized or self.resized or not merges
         return True if sure else None if maybe else False
+
+    def beyond(self, committed):
+        """What it writes beyond the end of what is `committed` now."""
+        if self.resized:
+            return {}
+        where = np.flatnonzero(self.mask())
+        where = where[where >= len(committed.array)]
+        return dict(zip(where.tolist(), self.array[where].tolist(), strict=True))
 
     def merged(self, committed):
         """What is committed by it, after what is `committed` now."""

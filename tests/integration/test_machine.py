@@ -246,8 +246,22 @@ class Machine(RuleBasedStateMachine):
         conflict = not user.actor.commit(note)
         assert expected is None or conflict == expected
         if user.seen.changed and not conflict:
-            self.learn(user.seen.merged(self.committed), resized=user.seen.resized, note=note)
+            after, hidden = user.seen.merged(self.committed), user.seen.beyond(self.committed)
+            if user.seen.resized:
+                self.uncover(after, self.changes[user.seen.version - self.first :])
+            self.learn(after, resized=user.seen.resized, note=note, hidden=hidden)
         self.begin_all(user)
+
+    def uncover(self, after, changes):
+        """What `changes` wrote beyond the end shows, if the array has been made longer beside them."""
+        hidden = {place: value for change in changes for place, value in change.hidden.items()}
+        places = np.array([place for place in hidden if place < len(after.array)], int)
+        if len(places):
+            with contextlib.closing(Actor(self.clients.db)) as fresh:
+                now = fresh.read(self.regions.places(places))
+            kept = np.array([hidden[place] for place in places.tolist()])
+            assert np.all((now == kept) | (now == after.array[places]))
+            after.array[places] = now
 
     def learn(self, after, **what):
         """Something was committed."""
