@@ -9,6 +9,7 @@ import multiprocessing
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from typing import Any
 
 import click
@@ -17,6 +18,7 @@ import transaction
 
 import dask_zbig as dz
 from dask_zbig.cli.demo_data import BANDS, CELL, LandMask
+from dask_zbig.signals import ctrl_c_postponed
 
 __all__ = ["Differences", "check"]
 
@@ -47,11 +49,9 @@ def check(uri: str, source: LandMask, progress: Callable[[int, int], None]) -> D
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=_run, args=(uri, source, there), daemon=True)
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process inherits it: on Ctrl-C, we end it
-    process.start()
-    signal.signal(signal.SIGINT, before)
-    there.close()
     try:
+        _start(process)
+        there.close()
         while True:
             try:
                 message = here.recv()
@@ -62,9 +62,21 @@ def check(uri: str, source: LandMask, progress: Callable[[int, int], None]) -> D
                 return message
             progress(message, source.nbytes)
     finally:
-        process.terminate()
-        process.join()
+        if process.pid is not None:
+            process.terminate()
+            process.join()
         here.close()
+
+
+def _start(process: Any) -> None:
+    """Start it without Ctrl-C, which it inherits: we end it then. We have it still, when it has been started."""
+    resource_tracker.ensure_running()  # (to start that would lift the mask)
+    with ctrl_c_postponed():
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _run(uri: str, source: LandMask, pipe: Any) -> None:

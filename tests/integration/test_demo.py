@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing.context import SpawnProcess
 
 import dask
 import numpy as np
@@ -20,7 +21,7 @@ from PIL import Image
 
 import dask_zbig as dz
 from dask_zbig.cli import demo, demo_data, demo_job, demo_report
-from dask_zbig.cli.demo_check import compare
+from dask_zbig.cli.demo_check import check, compare
 from dask_zbig.cli.main import main
 
 SHAPE = (2160, 2160)
@@ -210,6 +211,29 @@ def test_stopped_while_a_finalizer_runs(monkeypatch):
     assert stopped.value.code == 128 + signal.SIGTERM
     assert complaints == []
     assert sys.unraisablehook is before
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_ctrl_c_while_the_check_starts(source, monkeypatch, late):
+    """It is not lost, and the process that has just been started is ended. That is not to see it."""
+    start = SpawnProcess.start
+    started = []
+
+    def interrupted(process):
+        if not late:
+            os.kill(os.getpid(), signal.SIGINT)
+        start(process)
+        started.append(psutil.Process(process.pid))
+        with open(f"/proc/{process.pid}/status") as status:
+            [blocked] = [line.split()[1] for line in status if line.startswith("SigBlk:")]
+        assert int(blocked, 16) >> (signal.SIGINT - 1) & 1
+        if late:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(SpawnProcess, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        check("memory://", source, print)
+    assert not started[0].is_running()
 
 
 @pytest.mark.slow
