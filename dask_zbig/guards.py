@@ -87,6 +87,7 @@ def guard_connection(connection: Any, managers: MutableMapping[Any, Any]) -> Non
     def tpc_finish(self: Any, current: Any) -> None:
         with ctrl_c_postponed(once=True):  # a server may not answer
             cls.tpc_finish(self, current)
+            self._modified = []  # or an abort would have them loaded as they were before, in explicit mode for good
 
     connection.tpc_finish = types.MethodType(tpc_finish, connection)
     connection._store_objects = types.MethodType(store_objects, connection)

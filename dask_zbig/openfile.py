@@ -30,6 +30,7 @@ from dask_zbig.memory.fastpath import FastPath
 from dask_zbig.memory.loader import ensure_loaders
 from dask_zbig.memory.plan import Source
 from dask_zbig.memory.space import Generation, StaleFill
+from dask_zbig.signals import ctrl_c_postponed
 from dask_zbig.storage import extents as ex
 from dask_zbig.storage.format import LEAF_BYTES
 from dask_zbig.storage.reader import SegmentReader
@@ -405,7 +406,8 @@ class OpenFile:
         """Turn the pages written so far into a layer."""
         if not self.space.dirty_pages and not self.space.error:
             return
-        with self._lock:  # a fill is planned before both, and then is stale, or after both
+        # A fill is planned before both, and then is stale, or after both. And Ctrl-C comes before both, or after.
+        with ctrl_c_postponed(), self._lock:
             generation = self.space.freeze()
             try:
                 self.push(_layer_of(generation, self._written, self._scratch))

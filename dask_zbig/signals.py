@@ -5,9 +5,11 @@ from __future__ import annotations
 # `_signal` is what `signal` wraps, looking for enums: that takes 6 us a call, and six calls are 2 % of a small commit.
 import _signal  # type: ignore[import-not-found]
 import contextlib
+import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
 __all__ = ["ctrl_c_postponed"]
 
@@ -38,20 +40,39 @@ def ctrl_c_postponed(*, once: bool = False) -> Iterator[None]:
     then Ctrl-C
     """
     handler = _signal.getsignal(_SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+    if threading.current_thread() is not threading.main_thread() or not callable(handler) or not _settable(handler):
         yield
         return
     came: list[FrameType | None] = []
+    process = os.getpid()
 
     def note(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != process:  # another thread has forked this child: here nobody will end the block
+            _signal.signal(_SIGINT, handler)
+            handler(number, frame)
         if once and came:
             handler(number, frame)
         came.append(frame)
 
-    _signal.signal(_SIGINT, note)
     try:
+        _signal.signal(_SIGINT, note)
         yield
     finally:
-        _signal.signal(_SIGINT, handler)
+        try:
+            _signal.signal(_SIGINT, handler)
+        finally:
+            if _signal.getsignal(_SIGINT) is note:  # another signal's handler has raised, before ours was set
+                _signal.signal(_SIGINT, handler)
         if came:
             handler(_SIGINT, came[0])
+
+
+def _settable(handler: Callable[..., Any]) -> bool:
+    """Whether this is where handlers can be set: not if another thread than Python's first one imported `threading`."""
+    try:
+        _signal.signal(_SIGINT, handler)  # which it is
+    except ValueError as error:
+        if "main thread" in str(error):
+            return False
+        raise
+    return True

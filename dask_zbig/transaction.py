@@ -33,6 +33,7 @@ from dask_zbig.guards import guard_connection, take_back, watch_get, watch_unjoi
 from dask_zbig.memory._native import recount_mappings, start
 from dask_zbig.openfile import OpenFile, Owner, State
 from dask_zbig.segmentwriter import Target
+from dask_zbig.signals import ctrl_c_postponed
 from dask_zbig.storage.reader import reader
 from dask_zbig.storage.tree import ZBigFile
 
@@ -203,7 +204,7 @@ class DataManager:
 
     def beforeCompletion(self, current: Any) -> None:
         """Called before a commit and before an abort."""
-        if not self.dirty or current.status == Status.COMMITFAILED:
+        if not self.dirty or current.status in (Status.COMMITFAILED, Status.COMMITTED):  # (Ctrl-C after a commit)
             return
         if self._transaction is None:
             self._join(current)
@@ -266,7 +267,11 @@ class DataManager:
     # -- boundaries
 
     def afterCompletion(self, current: Any) -> None:
-        """The transaction is over."""
+        """The transaction is over. What becomes of it is done as a whole."""
+        with ctrl_c_postponed(once=True):
+            self._over(current)
+
+    def _over(self, current: Any) -> None:
         done = current.status == Status.COMMITTED
         self._leave()
         for file, opened in list(self.files.items()):

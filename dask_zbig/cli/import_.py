@@ -109,7 +109,11 @@ def import_(
         count, total = _store(source, file, uri, path, wanted, overwrite, transaction_size)
         seconds = time.perf_counter() - started
         if verify:
-            _verify(source, uri, path, total)
+            try:
+                _verify(source, uri, path, total)
+            except KeyboardInterrupt:
+                _say_saved(path)
+                raise
     shown = described(source, wanted) | {"path": path, "checksum": total, "seconds": round(seconds, 3)}
     if as_json:
         click.echo(json.dumps(shown | {"transactions": count, "verified": verify}))
@@ -133,7 +137,7 @@ def _store(
         working = name if every is None else f"{name}.importing"
         container[working] = array
         connection.add(array)  # now, that its data goes where the database's does
-        count = 0
+        oid, count = array._p_oid, 0
 
         def commit() -> None:
             nonlocal count
@@ -151,23 +155,27 @@ def _store(
         except BaseException:
             with contextlib.suppress(ZBigError, POSError, OSError):  # what went wrong first is to be told
                 manager.abort()
-                if _saved_at(container, name, array):  # Ctrl-C came in the last commit
-                    click.echo(f"{path}: all of it is saved", err=True)
+                if _is_at(container, name, oid):  # Ctrl-C came in the last commit
+                    _say_saved(path)
                 else:
-                    _forget(container, working, manager, array)
+                    _forget(container, working, manager, oid)
             raise
     return count, total
 
 
-def _forget(container: Any, working: str, manager: Any, array: ZBigArray) -> None:
-    if _saved_at(container, working, array):
+def _forget(container: Any, working: str, manager: Any, oid: bytes) -> None:
+    if _is_at(container, working, oid):
         del container[working]
         manager.commit()
 
 
-def _saved_at(container: Any, name: str, array: ZBigArray) -> bool:
-    stored = array._p_jar is not None  # else the container may be as new, and keep it after an abort
-    return stored and name in container and container[name] is array
+def _is_at(container: Any, name: str, oid: bytes) -> bool:
+    """Whether the database has it there. (An array that was not saved has lost its oid with the abort.)"""
+    return name in container and getattr(container[name], "_p_oid", None) == oid
+
+
+def _say_saved(path: str) -> None:
+    click.echo(f"{path}: all of it is saved", err=True)
 
 
 def _verify(source: FileArray, uri: str, path: str, total: str) -> None:

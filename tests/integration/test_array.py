@@ -100,10 +100,11 @@ def test_basic_indices(conn, data, shape, dtype, order):
 
 
 @pytest.mark.slow
-@settings(max_examples=10_000)
+@settings(max_examples=2500)
 @given(st.data(), shapes, dtypes, st.sampled_from("CF"))
 def test_ten_thousand_indices(conn, data, shape, dtype, order):
-    check_basic_index(conn, data, shape, dtype, order)
+    for _ in range(4):  # of one array each: to draw shapes takes longer than to check
+        check_basic_index(conn, data, shape, dtype, order)
 
 
 def one_axis(n, length):

@@ -16,6 +16,8 @@ from ZODB.POSException import ConflictError
 import dask_zbig as dz
 from dask_zbig import openfile
 from dask_zbig.memory._native import counters, lib
+from dask_zbig.memory.space import Space
+from dask_zbig.openfile import OpenFile
 from dask_zbig.transaction import manager_of
 
 from tests.scratch import left  # isort: skip
@@ -135,6 +137,87 @@ def _ctrl_c_when_saved(db, monkeypatch):
         assert np.array_equal(other.root()["N"][:], of_new)
         assert (view.sum(), of_new.sum()) == (10, 37)
     connection.close()
+
+
+def test_ctrl_c_in_explicit_mode(db, monkeypatch):
+    """There nobody looks for changes between the commit and the abort: nothing may be loaded as it was before."""
+    connection = db.open(manager := transaction.TransactionManager(explicit=True))
+    manager.begin()
+    root = connection.root()
+    root["A"] = array = dz.ZBigArray(3 << 20, "u1")
+    root["n"] = 1
+    manager.commit()
+    manager.begin()
+    view = array[:]
+    view[3] = root["n"] = 2
+    finish = type(connection._storage).tpc_finish
+
+    def interrupted(*args):
+        tid = finish(*args)
+        signal.raise_signal(signal.SIGINT)
+        return tid
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(connection._storage), "tpc_finish", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            manager.commit()
+    manager.abort()
+    manager.begin()
+    assert (view[3], array[3], root["n"]) == (2, 2, 2)
+    view[4] = 5
+    manager.commit()
+    connection.close()
+
+
+def test_ctrl_c_while_pages_are_frozen(connect, monkeypatch):
+    """They are in no layer yet, and must not be forgotten: an abort would leave them where they are shown."""
+    connection, manager = connect()
+    connection.root()["A"] = array = dz.ZBigArray(5 << 20, "u1")
+    manager.commit()
+    view = array[:]
+    view[:: 1 << 20] = 1
+    freeze = Space.freeze
+
+    def interrupted(self):
+        generation = freeze(self)
+        signal.raise_signal(signal.SIGINT)
+        return generation
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Space, "freeze", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            manager.commit()
+    manager.abort()
+    assert not view.any()
+    view[1] = 2
+    manager.commit()
+    assert view[:3].tolist() == [0, 2, 0]
+
+
+def test_ctrl_c_when_a_commit_is_over(connect, monkeypatch):
+    """What becomes of the pages is done as a whole; and an abort after that is one of nothing."""
+    connection, manager = connect()
+    connection.root()["A"] = array = dz.ZBigArray(5 << 20, "u1")
+    manager.commit()
+    view = array[:]
+    view[5] = 1
+    settle = OpenFile.settle
+
+    def interrupted(self):
+        signal.raise_signal(signal.SIGINT)
+        settle(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OpenFile, "settle", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            manager.commit()
+    view[6] = 1  # after the transaction, and before the abort: it goes with that, or with the next transaction
+    manager.abort()
+    assert view[5] == 1
+    view[7] = 1
+    manager.commit()
+    other, _ = connect()
+    assert other.root()["A"][5:8].tolist() == view[5:8].tolist()
 
 
 def test_undo_redo_and_pack_in_a_process_that_has_read_the_segment(db, connect):

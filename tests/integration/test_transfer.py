@@ -19,11 +19,13 @@ import xxhash
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
+from transaction._transaction import Status
 
 import dask_zbig as dz
 from dask_zbig.cli import formats, import_, transfer
 from dask_zbig.cli.main import main
 from dask_zbig.storage.filestorage import FileStorage
+from dask_zbig.transaction import DataManager
 
 needs_zarr = pytest.mark.skipif(importlib.util.find_spec("zarr") is None, reason="needs zarr")
 needs_h5py = pytest.mark.skipif(importlib.util.find_spec("h5py") is None, reason="needs h5py")
@@ -315,6 +317,38 @@ def test_ctrl_c_in_the_last_step_of_a_commit(db, monkeypatch, nth, saved):
     if saved:
         with dz.open(db).transaction() as connection:
             assert same(connection.root()["B"][:], array)
+
+
+@pytest.mark.parametrize(("nth", "saved"), [(1, False), (4, True)])
+def test_ctrl_c_just_after_a_commit(db, monkeypatch, nth, saved):
+    np.save("x.npy", data((4 << 17,)))
+    monkeypatch.setattr(transfer.boxes, "__defaults__", (1 << 20,))
+    count = itertools.count(1)
+    over = DataManager._over
+
+    def interrupted(self, current):
+        if current.status == Status.COMMITTED and next(count) == nth:
+            signal.raise_signal(signal.SIGINT)
+        over(self, current)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DataManager, "_over", interrupted)
+        result = run("import", "x.npy", db, "B", "--transaction-size", "1MiB")
+    assert (result.exit_code, result.stderr) == (1, "B: all of it is saved\n" * saved + "\nAborted!\n")
+    assert [row["path"] for row in json.loads(ok("ls", db, "--json"))] == ["B"] * saved
+
+
+def test_ctrl_c_while_an_import_is_verified(db, monkeypatch):
+    np.save("x.npy", data((100,)))
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(import_, "compare", interrupted)
+        result = run("import", "x.npy", db, "B", "--verify")
+    assert (result.exit_code, result.stderr) == (1, "B: all of it is saved\n\nAborted!\n")
+    assert [row["path"] for row in json.loads(ok("ls", db, "--json"))] == ["B"]
 
 
 def test_an_import_that_is_killed_shows_nothing_at_its_path(db, monkeypatch):

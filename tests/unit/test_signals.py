@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
 
+from dask_zbig import signals
 from dask_zbig.signals import ctrl_c_postponed
 
 
@@ -126,3 +130,72 @@ def test_another_thread():
     over.set()
     thread.join()
     assert failed == []
+
+
+def test_threading_was_imported_by_another_thread():
+    """As in a program that embeds Python: then `threading` takes that one for the main thread."""
+    program = f"""
+import _thread, runpy, sys
+over = _thread.allocate_lock()
+over.acquire()
+def run():
+    try:
+        postponed = runpy.run_path({signals.__file__!r})["ctrl_c_postponed"]
+        import threading
+        assert threading.current_thread() is threading.main_thread()
+        with postponed():
+            print("inside")
+    finally:
+        over.release()
+assert "threading" not in sys.modules
+_thread.start_new_thread(run, ())
+over.acquire()
+"""
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "inside\n", done.stderr
+
+
+def test_a_child_that_another_thread_forks_meanwhile():
+    """In it the block never ends, and Ctrl-C must not wait for that."""
+    program = """
+import os, signal, threading
+from dask_zbig import signals
+from dask_zbig.signals import ctrl_c_postponed
+def fork():
+    child = os.fork()
+    if not child:
+        try:
+            signal.raise_signal(signal.SIGINT)
+            for _ in range(1000):
+                pass
+        except KeyboardInterrupt:
+            os._exit(7)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+with ctrl_c_postponed():
+    thread = threading.Thread(target=fork)
+    thread.start()
+    thread.join()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.stdout, done.stderr) == ("7\n", "")
+
+
+def test_another_signals_handler_raises_just_before_the_end():
+    def stop(*_):
+        raise TimeoutError
+
+    def run():
+        signal.setitimer(signal.ITIMER_REAL, 20e-6)
+        while True:
+            with ctrl_c_postponed():
+                pass
+
+    before = signal.signal(signal.SIGALRM, stop)
+    try:
+        for _ in range(2000):
+            with contextlib.suppress(TimeoutError):
+                run()
+            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGALRM, before)
