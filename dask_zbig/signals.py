@@ -6,12 +6,13 @@ from __future__ import annotations
 import _signal  # type: ignore[import-not-found]
 import contextlib
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-__all__ = ["ctrl_c_postponed"]
+__all__ = ["ctrl_c_not_inherited", "ctrl_c_postponed"]
 
 _SIGINT = int(_signal.SIGINT)
 
@@ -65,6 +66,23 @@ def ctrl_c_postponed(*, once: bool = False) -> Iterator[None]:
                 _signal.signal(_SIGINT, handler)
         if came:
             handler(_SIGINT, came[0])
+
+
+@contextlib.contextmanager
+def ctrl_c_not_inherited() -> Iterator[None]:
+    """Processes and threads that are started in the block are not stopped by Ctrl-C, which a terminal sends to all.
+
+    This one is, by whatever thread gets it, and is to end the others then. In the block it may be raised: see
+    `ctrl_c_postponed`.
+    """
+    from multiprocessing import resource_tracker
+
+    resource_tracker.ensure_running()  # (to start it in the block would lift the mask)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _settable(handler: Callable[..., Any]) -> bool:

@@ -6,10 +6,8 @@ What is expected comes from the input file, by plain NumPy, a piece at a time; n
 from __future__ import annotations
 
 import multiprocessing
-import signal
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
 from typing import Any
 
 import click
@@ -18,7 +16,7 @@ import transaction
 
 import dask_zbig as dz
 from dask_zbig.cli.demo_data import BANDS, CELL, LandMask
-from dask_zbig.signals import ctrl_c_postponed
+from dask_zbig.signals import ctrl_c_not_inherited, ctrl_c_postponed
 
 __all__ = ["Differences", "check"]
 
@@ -50,7 +48,8 @@ def check(uri: str, source: LandMask, progress: Callable[[int, int], None]) -> D
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=_run, args=(uri, source, there), daemon=True)
     try:
-        _start(process)
+        with ctrl_c_postponed(), ctrl_c_not_inherited():  # when it has been started, we have it to end it
+            process.start()
         there.close()
         while True:
             try:
@@ -66,17 +65,6 @@ def check(uri: str, source: LandMask, progress: Callable[[int, int], None]) -> D
             process.terminate()
             process.join()
         here.close()
-
-
-def _start(process: Any) -> None:
-    """Start it without Ctrl-C, which it inherits: we end it then. We have it still, when it has been started."""
-    resource_tracker.ensure_running()  # (to start that would lift the mask)
-    with ctrl_c_postponed():
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _run(uri: str, source: LandMask, pipe: Any) -> None:

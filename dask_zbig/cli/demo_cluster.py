@@ -7,12 +7,13 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from multiprocessing import resource_tracker
 from typing import Any
 
 import dask.config
 from distributed import Client, LocalCluster
 from distributed.diagnostics.plugin import SchedulerPlugin
+
+from dask_zbig.signals import ctrl_c_not_inherited
 
 __all__ = ["MEMORY", "Watch", "cluster"]
 
@@ -80,11 +81,7 @@ def cluster(workers: int, directory: str) -> Iterator[tuple[Any, Watch]]:
 
 
 def _start(workers: int) -> Any:
-    # Ctrl-C goes to every process of a terminal. It is to end this one, which then ends the workers; so they, and
-    # the thread here that starts them, inherit a mask. The resource tracker would lift it, but not if it runs.
-    resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
+    with ctrl_c_not_inherited():  # by the workers, nor by the thread here that starts them
         return LocalCluster(
             n_workers=workers,
             threads_per_worker=1,
@@ -94,5 +91,3 @@ def _start(workers: int) -> Any:
             env=_THREADS,
             preload=["dask_zbig"],
         )
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

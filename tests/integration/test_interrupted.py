@@ -74,6 +74,26 @@ def test_a_conflict_in_a_transaction_with_a_new_array(connect, savepoint):
     assert two.root()["N"][2:5].tolist() == [0, 4, 0]
 
 
+def interrupted_commit(manager, monkeypatch, owner, name, does):
+    """Something does, in a commit, what ends it by KeyboardInterrupt."""
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, does)
+        with pytest.raises(KeyboardInterrupt):
+            manager.commit()
+
+
+def saved_and_interrupted(connection, manager, monkeypatch):
+    """Ctrl-C comes when the database has the transaction, and the Connection has not noted yet what it has saved."""
+    finish = type(connection._storage).tpc_finish
+
+    def interrupted(*args):
+        tid = finish(*args)
+        signal.raise_signal(signal.SIGINT)
+        return tid
+
+    interrupted_commit(manager, monkeypatch, type(connection._storage), "tpc_finish", interrupted)
+
+
 def test_a_freeze_that_is_interrupted(connect, monkeypatch):
     connection, manager = connect()
     connection.root()["A"] = array = dz.ZBigArray(5 << 20, "u1")
@@ -84,10 +104,7 @@ def test_a_freeze_that_is_interrupted(connect, monkeypatch):
     def interrupted(path):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(openfile, "FileSource", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            manager.commit()
+    interrupted_commit(manager, monkeypatch, openfile, "FileSource", interrupted)
     manager.abort()
     assert not view.any()
     assert left(connection._normal_storage.temporaryDirectory()) == []
@@ -116,17 +133,7 @@ def _ctrl_c_when_saved(db, monkeypatch):
     root["N"] = new = dz.ZBigArray(5 << 20, "u1")
     new[5:9] = 7
     of_new = new[:]
-    finish = type(connection._storage).tpc_finish
-
-    def interrupted(*args):
-        tid = finish(*args)
-        signal.raise_signal(signal.SIGINT)  # the Connection has not noted yet what it has saved
-        return tid
-
-    with monkeypatch.context() as patch:
-        patch.setattr(type(connection._storage), "tpc_finish", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            manager.commit()
+    saved_and_interrupted(connection, manager, monkeypatch)
     manager.abort()
     assert root["N"] is new
     assert (view[:5].tolist(), of_new[4:10].tolist()) == ([0, 0, 0, 1, 0], [0, 7, 7, 7, 7, 0])
@@ -150,17 +157,7 @@ def test_ctrl_c_in_explicit_mode(db, monkeypatch):
     manager.begin()
     view = array[:]
     view[3] = root["n"] = 2
-    finish = type(connection._storage).tpc_finish
-
-    def interrupted(*args):
-        tid = finish(*args)
-        signal.raise_signal(signal.SIGINT)
-        return tid
-
-    with monkeypatch.context() as patch:
-        patch.setattr(type(connection._storage), "tpc_finish", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            manager.commit()
+    saved_and_interrupted(connection, manager, monkeypatch)
     manager.abort()
     manager.begin()
     assert (view[3], array[3], root["n"]) == (2, 2, 2)
@@ -183,10 +180,7 @@ def test_ctrl_c_while_pages_are_frozen(connect, monkeypatch):
         signal.raise_signal(signal.SIGINT)
         return generation
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Space, "freeze", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            manager.commit()
+    interrupted_commit(manager, monkeypatch, Space, "freeze", interrupted)
     manager.abort()
     assert not view.any()
     view[1] = 2
@@ -207,10 +201,7 @@ def test_ctrl_c_when_a_commit_is_over(connect, monkeypatch):
         signal.raise_signal(signal.SIGINT)
         settle(self)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(OpenFile, "settle", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            manager.commit()
+    interrupted_commit(manager, monkeypatch, OpenFile, "settle", interrupted)
     view[6] = 1  # after the transaction, and before the abort: it goes with that, or with the next transaction
     manager.abort()
     assert view[5] == 1
@@ -218,6 +209,31 @@ def test_ctrl_c_when_a_commit_is_over(connect, monkeypatch):
     manager.commit()
     other, _ = connect()
     assert other.root()["A"][5:8].tolist() == view[5:8].tolist()
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_an_undo_of_an_append_beside_one_who_has_the_array_long(db, connect, late):
+    """What that one writes beyond the end is kept if the array was made longer beside it; later there are zeros."""
+    (one, mine), (two, theirs), (three, another) = connect(), connect(), connect()
+    one.root()["A"] = array = dz.ZBigArray(10, "u1")
+    mine.commit()
+    array.resize(100)
+    mine.commit()
+    theirs.begin()
+    two.root()["A"][50] = 7
+    db.undo(db.undoInfo(0, 1)[0]["id"], mine.get())
+    mine.commit()
+    assert array.shape == (10,)
+    if not late:
+        another.begin()
+        assert three.root()["A"].shape == (10,)
+    theirs.commit()
+    if late:
+        another.begin()
+    three.root()["A"].resize(100)
+    another.commit()
+    mine.begin()
+    assert array[:].tolist() == [0] * 50 + [0 if late else 7] + [0] * 49
 
 
 def test_undo_redo_and_pack_in_a_process_that_has_read_the_segment(db, connect):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import itertools
 import json
@@ -294,12 +295,23 @@ def test_an_import_that_fails_leaves_nothing(db, monkeypatch, size):
     assert [name for name in left if not name.endswith(".lock")] == []  # (that is this process's)
 
 
+def interrupted_import(db, monkeypatch, array, owner, name, does, saved):
+    """In four transactions. Nothing is left of it, unless all was saved: then it is said."""
+    np.save("x.npy", array)
+    with monkeypatch.context() as patch:
+        patch.setattr(transfer.boxes, "__defaults__", (1 << 20,))
+        patch.setattr(owner, name, does)
+        result = run("import", "x.npy", db, "B", "--transaction-size", "1MiB")
+    assert (result.exit_code, result.stderr) == (1, "B: all of it is saved\n" * saved + "\nAborted!\n")
+    assert [row["path"] for row in json.loads(ok("ls", db, "--json"))] == ["A", "B"][: 1 + saved]
+    if saved:
+        with contextlib.closing(dz.open(db)) as opened, opened.transaction() as connection:
+            assert same(connection.root()["B"][:], array)
+
+
 @pytest.mark.parametrize(("nth", "saved"), [(1, False), (2, False), (4, True)])
 def test_ctrl_c_in_the_last_step_of_a_commit(db, monkeypatch, nth, saved):
-    """Nothing is left of the import, but if it was its last commit: then it is said."""
     put(db, np.ones(3))
-    np.save("x.npy", array := data((4 << 17,)))
-    monkeypatch.setattr(transfer.boxes, "__defaults__", (1 << 20,))
     count = itertools.count(1)
     finish = FileStorage._finish_finish
 
@@ -308,21 +320,13 @@ def test_ctrl_c_in_the_last_step_of_a_commit(db, monkeypatch, nth, saved):
             signal.raise_signal(signal.SIGINT)
         finish(self, tid)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(FileStorage, "_finish_finish", interrupted)
-        result = run("import", "x.npy", db, "B", "--transaction-size", "1MiB")
-    assert (result.exit_code, result.stderr) == (1, "B: all of it is saved\n" * saved + "\nAborted!\n")
-    assert next(count) == 5 if saved else nth + 2
-    assert [row["path"] for row in json.loads(ok("ls", db, "--json"))] == (["A", "B"] if saved else ["A"])
-    if saved:
-        with dz.open(db).transaction() as connection:
-            assert same(connection.root()["B"][:], array)
+    interrupted_import(db, monkeypatch, data((4 << 17,)), FileStorage, "_finish_finish", interrupted, saved)
+    assert next(count) == (5 if saved else nth + 2)  # (one more, to forget it)
 
 
 @pytest.mark.parametrize(("nth", "saved"), [(1, False), (4, True)])
 def test_ctrl_c_just_after_a_commit(db, monkeypatch, nth, saved):
-    np.save("x.npy", data((4 << 17,)))
-    monkeypatch.setattr(transfer.boxes, "__defaults__", (1 << 20,))
+    put(db, np.ones(3))
     count = itertools.count(1)
     over = DataManager._over
 
@@ -331,11 +335,7 @@ def test_ctrl_c_just_after_a_commit(db, monkeypatch, nth, saved):
             signal.raise_signal(signal.SIGINT)
         over(self, current)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(DataManager, "_over", interrupted)
-        result = run("import", "x.npy", db, "B", "--transaction-size", "1MiB")
-    assert (result.exit_code, result.stderr) == (1, "B: all of it is saved\n" * saved + "\nAborted!\n")
-    assert [row["path"] for row in json.loads(ok("ls", db, "--json"))] == ["B"] * saved
+    interrupted_import(db, monkeypatch, data((4 << 17,)), DataManager, "_over", interrupted, saved)
 
 
 def test_ctrl_c_while_an_import_is_verified(db, monkeypatch):

@@ -157,7 +157,6 @@ def test_a_child_that_another_thread_forks_meanwhile():
     """In it the block never ends, and Ctrl-C must not wait for that."""
     program = """
 import os, signal, threading
-from dask_zbig import signals
 from dask_zbig.signals import ctrl_c_postponed
 def fork():
     child = os.fork()
