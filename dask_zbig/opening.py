@@ -138,7 +138,6 @@ def _zeo(uri: str) -> _Source:
 
 def _client(address: uris.Address, context: ssl.SSLContext | None, given: dict[str, str]) -> Any:
     """Make a ZEO client; zodburi would, but knows no TLS."""
-    from ZEO.ClientStorage import ClientStorage as PlainClientStorage
     from ZODB.DemoStorage import DemoStorage
     from zodburi.resolvers import client_storage_resolver
 
@@ -147,7 +146,7 @@ def _client(address: uris.Address, context: ssl.SSLContext | None, given: dict[s
     options, _ = client_storage_resolver.interpret_kwargs(given)
     demo = "demostorage" in options
     options.pop("demostorage", None)
-    storage = ClientStorage.of(PlainClientStorage(address, ssl=context, **options))
+    storage = ClientStorage(address, ssl=context, **options)
     return DemoStorage(base=storage) if demo else storage
 
 

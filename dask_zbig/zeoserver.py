@@ -7,6 +7,7 @@ Against a stock ``runzeo`` it differs in this:
 - our FileStorage, which syncs blobs, and always a blob directory;
 - no transaction timeout, which would lock the storage for writes, and no conflict resolution by clients,
   which would lose blobs; the persistent classes are imported here instead;
+- what it would write to a client that has just gone is dropped (see `zeowrites`);
 - it stops between two requests, never within one, and with the process that started it.
 
 ``dask_zbig.server`` starts it as a child process, ``dask-zbig serve`` runs it in the foreground.
@@ -28,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import zc.lockfile
 from ZEO.asyncio.marshal import server_decoder
+from ZEO.asyncio.server import Acceptor
 from ZEO.runzeo import ZEOServer
 from ZEO.StorageServer import StorageServer, ZEOStorage
 from ZODB.POSException import POSError
@@ -36,6 +38,7 @@ from dask_zbig import tls, uris
 from dask_zbig.errors import ServerError
 from dask_zbig.storage.filestorage import FileStorage, blob_directory
 from dask_zbig.storage.transfers import Steps
+from dask_zbig.storage.zeowrites import write_carefully
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -174,6 +177,7 @@ class Server(ZEOServer):  # type: ignore[misc]  # ZEO ships no types
                 msgpack=options.msgpack,
                 invalidation_queue_size=options.invalidation_queue_size,
                 ssl=options.ssl,
+                Acceptor=_Acceptor,
             )
         except OSError as error:
             raise ServerError(f"cannot listen at {self.options.address!r}: {error}") from error
@@ -209,6 +213,14 @@ class Server(ZEOServer):  # type: ignore[misc]  # ZEO ships no types
     def _abandon(self, loop: Any) -> None:
         self.abandoned = True
         loop.stop()
+
+
+class _Acceptor(Acceptor):  # type: ignore[misc]  # ZEO ships no types
+    def factory(self) -> Any:
+        """What serves a new client."""
+        protocol = super().factory()
+        write_carefully(protocol)
+        return protocol
 
 
 class _StorageServer(StorageServer):  # type: ignore[misc]  # ZEO ships no types

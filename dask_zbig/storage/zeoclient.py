@@ -8,16 +8,16 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from ZEO.asyncio.client import ClientIO as _ClientIO
-from ZEO.ClientStorage import ClientStorage as _ClientStorage
+from ZEO.asyncio.client import ClientIO, ClientThread
 
 from dask_zbig.storage.modes import follow
 from dask_zbig.storage.zeoloads import Loads
+from dask_zbig.storage.zeowrites import write_carefully
 
 __all__ = ["ClientStorage"]
 
 
-class _PatientIO(_ClientIO):  # type: ignore[misc]  # ZEO ships no types
+class _PatientIO(ClientIO):  # type: ignore[misc]  # ZEO ships no types
     """ZEO's, with a pause, and with an end to waiting.
 
     A server that accepts connections and ends them, as with TLS it may, must not be flooded; and one that accepts
@@ -42,6 +42,8 @@ class _PatientIO(_ClientIO):  # type: ignore[misc]  # ZEO ships no types
             self._later.cancel()
             self._later = None
         super().try_connecting()
+        for protocol in self.protocols:
+            write_carefully(protocol)
         self.loop.call_later(self.GREETING, self._end_silent, self.protocols, frozenset())
 
     def _end_silent(self, attempts: Any, before: frozenset[Any]) -> None:
@@ -64,6 +66,15 @@ def _is_greeted(protocol: Any) -> bool:
     return hasattr(protocol, "heartbeat_bytes")
 
 
+class _Thread(ClientThread):  # type: ignore[misc]  # ZEO ships no types
+    def setup_delegation(self, loop: Any) -> None:
+        """Make what it runs. In the client's own thread, whose loop does not run yet."""
+        super().setup_delegation(loop)
+        self.client.__class__ = _PatientIO
+        for protocol in self.client.protocols:
+            write_carefully(protocol)
+
+
 class ClientStorage(Loads):
     """A ClientStorage that forgets what it must, and leaves nothing behind.
 
@@ -74,6 +85,7 @@ class ClientStorage(Loads):
     - It is not read-only while the server is away: arrays that are opened then would be for good.
     - It does not wait for a load for ever: see `Loads`.
     - A server that hangs up on it is asked once a second, not hundreds of times.
+    - It does not write to a connection that has just been lost: see `zeowrites`.
 
     Notes
     -----
@@ -82,22 +94,11 @@ class ClientStorage(Loads):
 
     _making = threading.local()
 
-    @classmethod
-    def of(cls, storage: Any) -> Any:
-        """Make a `storage` that is ZEO's own one of ours; leave any other as it is."""
-        if type(storage) is _ClientStorage:
-            cls._begin(storage)
-            storage.__class__ = cls
-            storage._call = storage._bounded_call
-            io = getattr(storage._server, "client", None)
-            if io is not None and type(io) is _ClientIO:
-                io.__class__ = _PatientIO
-                for method in ("receiveBlobStart", "receiveBlobChunk", "receiveBlobStop"):  # (it has them as they were)
-                    setattr(io, method, getattr(storage, method))
-            if storage.fshelper is not None:  # it has a blob directory
-                follow(storage.fshelper)
-                storage.fshelper.blob_mkstemp = cls._noting(storage.fshelper.blob_mkstemp)
-        return storage
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, _client_factory=_Thread, **options)
+        if self.fshelper is not None:  # it has a blob directory
+            follow(self.fshelper)
+            self.fshelper.blob_mkstemp = self._noting(self.fshelper.blob_mkstemp)
 
     @classmethod
     def _noting(cls, mkstemp: Callable[..., tuple[int, str]]) -> Callable[..., tuple[int, str]]:

@@ -43,9 +43,10 @@ class Loads(ClientStorage):  # type: ignore[misc]  # ZEO ships no types
     _downloads: dict[tuple[bytes, bytes], Download]  # blobs that are on their way
     _refused: dict[tuple[bytes, bytes], OSError]  # blobs that could not be written
 
-    def _begin(self) -> None:
-        """To be called once."""
+    def __init__(self, *args: Any, **options: Any) -> None:
         self._pieces, self._downloads, self._refused = 0, {}, {}
+        super().__init__(*args, **options)
+        self._call = self._bounded_call
 
     def _answer(self, coroutine: Any, more: float = 0.0) -> Any:
         """What the coroutine returns, within the load time-out and so many seconds `more`, or since the last piece."""
