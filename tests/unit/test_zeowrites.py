@@ -16,7 +16,7 @@ from dask_zbig.database import sync
 from dask_zbig.zeoserver import _Acceptor
 
 
-# guard: zeoclient.py, both calls of `write_carefully`; removed, from Python 3.12 on -> TypeError, or it is not read for 11 s
+# guard: zeoclient.py, both calls of `write_carefully`; what they do removed, on 3.12 -> TypeError, or deaf for 11 s
 @pytest.mark.parametrize("end", ["close", "abort"])  # by the peer, and by an error
 def test_a_client_that_asks_a_server_that_has_just_gone(tmp_path, caplog, end):
     with dz.serve(tmp_path / "x.fs") as uri, contextlib.closing(dz.open(uri)) as db:
@@ -36,7 +36,7 @@ def test_a_client_that_asks_a_server_that_has_just_gone(tmp_path, caplog, end):
             connection.root()["x"] = 1
             connection.transaction_manager.commit()
             connection.close()
-    assert [record for record in caplog.records if record.name == "asyncio"] == []  # the next connection is read at once
+    assert [record for record in caplog.records if record.name == "asyncio"] == []  # the next one is read at once
 
 
 # guard: zeoserver.py, `write_carefully`; removed, from Python 3.12 on -> TypeError (close)
