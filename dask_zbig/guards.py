@@ -11,11 +11,9 @@ import weakref
 from collections.abc import MutableMapping
 from typing import Any, Protocol
 
-from ZODB.utils import z64
+from dask_zbig.failedcommits import guard_commits
 
-from dask_zbig.signals import ctrl_c_postponed
-
-__all__ = ["Guarded", "guard_connection", "take_back", "watch_get", "watch_unjoin"]
+__all__ = ["Guarded", "guard_connection", "watch_get", "watch_unjoin"]
 
 
 class Guarded(Protocol):
@@ -49,9 +47,7 @@ def guard_connection(connection: Any, managers: MutableMapping[Any, Any]) -> Non
     ``newTransaction``: other synchronizers may run before the connection has polled for invalidations, or
     after; this is the one place that knows. ``close``: ZODB refuses to close a connection with changed objects,
     but what close callbacks raise is only logged. ``_rollback_savepoint``: an array may become known to us by the
-    very savepoint that the connection takes, when it is too late to take part in it. ``_store_objects``: see
-    `take_back`. ``tpc_finish``: what Ctrl-C raises in the middle of it has the Connection disown new objects that the
-    database has.
+    very savepoint that the connection takes, when it is too late to take part in it. And see `guard_commits`.
     """
     if "_zbig_guarded" in connection.__dict__:
         return
@@ -76,41 +72,11 @@ def guard_connection(connection: Any, managers: MutableMapping[Any, Any]) -> Non
         if manager is not None and manager.current():
             manager.connection_rolled_back()
 
-    def store_objects(self: Any, writer: Any, current: Any) -> None:
-        try:
-            cls._store_objects(self, writer, current)
-        except BaseException:
-            for obj in writer._stack:
-                take_back(obj, self)
-            raise
-
-    def tpc_finish(self: Any, current: Any) -> None:
-        with ctrl_c_postponed(once=True):  # a server may not answer
-            cls.tpc_finish(self, current)
-            self._modified = []  # or an abort would have them loaded as they were before, in explicit mode for good
-
-    connection.tpc_finish = types.MethodType(tpc_finish, connection)
-    connection._store_objects = types.MethodType(store_objects, connection)
+    guard_commits(connection)
     connection._rollback_savepoint = types.MethodType(rollback_savepoint, connection)
     connection.newTransaction = types.MethodType(new_transaction, connection)
     connection.close = types.MethodType(close, connection)
     connection._zbig_guarded = True
-
-
-def take_back(obj: Any, connection: Any) -> None:
-    """Let a new object that was not stored be new again.
-
-    If a commit fails while the Connection walks new objects, those that it has numbered but not stored yet would
-    keep their oids. Stored again, with something else, they would be taken for stored, and be lost.
-    """
-    if obj._p_jar is not connection or obj._p_changed is None or obj._p_serial != z64:
-        return
-    if obj._p_oid in connection._added:  # by the user: it goes when the transaction is aborted
-        return
-    if connection._cache.get(obj._p_oid) is obj:
-        del connection._cache[obj._p_oid]
-    obj._p_changed = False
-    del obj._p_jar, obj._p_oid
 
 
 def watch_get(transaction_manager: Any, manager: Guarded) -> None:

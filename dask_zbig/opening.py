@@ -19,6 +19,7 @@ from ZODB.POSException import POSError
 
 from dask_zbig import config, tls, uris
 from dask_zbig.errors import DatabaseUnavailableError, DatabaseURIError, ZBigError
+from dask_zbig.failedcommits import guard_commits_of
 from dask_zbig.storage.filestorage import FileStorage, blob_directory, create_directory
 from dask_zbig.storage.tempdir import PrivateDirectory
 
@@ -47,6 +48,13 @@ def open_database(where: str | os.PathLike[str], options: dict[str, Any]) -> tup
     db, text
         `text` opens the same from another process and another working directory. It may hold secrets.
     """
+    db, text = _open(where, options)
+    for one in db.databases.values():
+        guard_commits_of(one)
+    return db, text
+
+
+def _open(where: str | os.PathLike[str], options: dict[str, Any]) -> tuple[ZODB.DB, str | None]:
     _check_options(options)
     kind, text = uris.classify(where)
     if kind == "zconfig" and "<zodb" in text:

@@ -28,8 +28,9 @@ from ZODB.POSException import ConnectionStateError
 from dask_zbig import database
 from dask_zbig.config import get
 from dask_zbig.errors import ClosedError, NotStoredError
+from dask_zbig.failedcommits import take_back
 from dask_zbig.flush import flush
-from dask_zbig.guards import guard_connection, take_back, watch_get, watch_unjoin
+from dask_zbig.guards import guard_connection, watch_get, watch_unjoin
 from dask_zbig.memory._native import recount_mappings, start
 from dask_zbig.openfile import OpenFile, Owner, State
 from dask_zbig.segmentwriter import Target
