@@ -4,7 +4,10 @@ New objects are to be new again, so that they can be stored once more. What ZODB
 stored already, and those that somebody has added. An object in whose midst the commit failed, and those that it has
 numbered and not come to, stay the connection's, with oids that the database does not have; who stores them again would
 store references to nothing. And objects that somebody has added are emptied if they were stored, as if the database
-had them; so are all that a savepoint had stored when it failed.
+had them; so are all that a savepoint has stored.
+
+What is not mended: a new Blob has lost its file, and an object that the connection's cache has emptied after a
+savepoint its state; a weak reference to a new object keeps the oid.
 
 Of Ctrl-C in `tpc_begin` a storage may keep the lock that it has just got, and nobody commits any more. In
 `tpc_finish` it would have the Connection disown new objects that the database has.
@@ -24,8 +27,10 @@ __all__ = ["guard_commits", "guard_commits_of", "take_back"]
 
 
 def guard_commits_of(db: Any) -> None:
-    """Do `guard_commits` for all connections of a ZODB.DB."""
+    """Do `guard_commits` for all connections of a ZODB.DB, if that was not done."""
     cls = db.klass
+    if isinstance(cls, types.FunctionType) and cls.__module__ == __name__:
+        return
 
     def connection(*args: Any, **options: Any) -> Any:
         made = cls(*args, **options)
@@ -54,12 +59,29 @@ def guard_commits(connection: Any) -> None:
             walk.take_back()
             raise
 
-    def abort(self: Any) -> None:
+    # ZODB disowns new objects, too, but after it has emptied some, as if the database had them. We do it before.
+
+    def note_savepoints(self: Any) -> None:
+        if self._savepoint_storage is not None:
+            self._creating.update(self._savepoint_storage.creating)
+
+    def abort(self: Any, current: Any) -> None:
+        note_savepoints(self)
+        cls.abort(self, current)
+
+    def abort_registered(self: Any) -> None:
+        unique = {id(obj): obj for obj in self._registered_objects}.values()
+        self._registered_objects = [obj for obj in unique if obj._p_oid is not None]  # (ZODB asserts that)
         for obj in self._registered_objects:
             if self._creating.pop(obj._p_oid, None) is not None:
                 self._added[obj._p_oid] = obj  # as before it was stored
-        self._invalidate_creating()  # "disown": ZODB does so too, but after they were emptied
+        self._invalidate_creating()
         cls._abort(self)
+
+    def tpc_abort(self: Any, current: Any) -> None:
+        note_savepoints(self)
+        self._invalidate_creating()
+        cls.tpc_abort(self, current)
 
     def tpc_finish(self: Any, current: Any) -> None:
         with ctrl_c_postponed(once=True):  # a server may not answer
@@ -68,7 +90,9 @@ def guard_commits(connection: Any) -> None:
 
     connection.tpc_begin = types.MethodType(tpc_begin, connection)
     connection._store_objects = types.MethodType(store_objects, connection)
-    connection._abort = types.MethodType(abort, connection)
+    connection.abort = types.MethodType(abort, connection)
+    connection._abort = types.MethodType(abort_registered, connection)
+    connection.tpc_abort = types.MethodType(tpc_abort, connection)
     connection.tpc_finish = types.MethodType(tpc_finish, connection)
     connection._zbig_commits = True
 

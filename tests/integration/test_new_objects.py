@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import pickle
 import signal
 import sys
 
 import pytest
 import transaction
 import ZODB
+from persistent import Persistent
 from persistent.mapping import PersistentMapping
 from ZODB.Connection import TmpStore
 from ZODB.serialize import ObjectWriter
 
 import dask_zbig as dz
+from dask_zbig.failedcommits import guard_commits_of
 from dask_zbig.storage.filestorage import FileStorage
 
 
@@ -215,3 +218,104 @@ def test_ctrl_c_when_a_commit_has_just_begun(tmp_path, monkeypatch):
         assert not lock.locked()
         connection.root()["M"] = mapping
         manager.commit()
+
+
+class Refuses:
+    """A resource that votes no, after all others have voted."""
+
+    transaction_manager = None
+
+    def sortKey(self):
+        return "~"
+
+    def tpc_vote(self, current):
+        raise Failure
+
+    def nothing(self, current):
+        """Else it takes no part."""
+
+    abort = tpc_begin = commit = tpc_abort = tpc_finish = nothing
+
+
+# guard: failedcommits.py, `note_savepoints`, `tpc_abort`; each removed -> POSKeyError
+@pytest.mark.parametrize("explicit", [False, True])
+@pytest.mark.parametrize("how", ["abort", "store", "serialize", "vote", "another votes no"])
+@pytest.mark.parametrize("changed", [False, True])
+def test_what_fails_after_a_savepoint(tmp_path, monkeypatch, how, changed, explicit):
+    with contextlib.closing(dz.open(tmp_path / "x.fs")) as db, connected(db) as (connection, manager):
+        new = New(connection, explicit)
+        manager.savepoint()
+        if changed:
+            new.array.resize(6 << 20)
+            new.mapping["more"] = 1
+        with monkeypatch.context() as patch:
+            if how == "store":
+                failing(patch, connection._normal_storage, "store", 2)
+            elif how == "serialize":
+                failing(patch, ObjectWriter, "serialize", 0)
+                connection.root()["and"] = "more"
+            elif how == "vote":
+                failing(patch, connection._normal_storage, "tpc_vote", 0)
+            elif how == "another votes no":
+                manager.get().join(Refuses())
+            if how != "abort":
+                with pytest.raises(Failure):
+                    manager.commit()
+            manager.abort()
+        assert connection.root().keys() == set()
+        new.store(connection)
+        new.array.resize(5 << 20)
+        new.array[:] = 8
+        manager.commit()
+        new.check(db, 8)
+
+
+class ChangesItself(Persistent):
+    """As one that counts how often it was stored, here and in another object."""
+
+    def __getstate__(self):
+        self.stored = getattr(self, "stored", 0) + 1
+        self.total["stored"] += 1
+        return super().__getstate__()
+
+
+# guard: failedcommits.py: the registered objects without an oid, and those twice among them, are left out; each removed
+# -> the total of the failed commit stays in this connection; "has no attribute 'sync'"
+@pytest.mark.parametrize("savepoint", [False, True])
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_new_object_that_changes_itself_when_it_is_stored(tmp_path, caplog, savepoint, twice):
+    with contextlib.closing(dz.open(tmp_path / "x.fs")) as db, connected(db) as (connection, manager):
+        connection.root()["total"] = total = PersistentMapping(stored=0)
+        manager.commit()
+        connection.root()["new"] = new = ChangesItself()
+        new.total = total
+        if twice:
+            manager.savepoint()
+            new.more = 1
+            new._p_changed = False
+            new.more = 2
+        new.bad = lambda: None  # which cannot be pickled
+        with pytest.raises((TypeError, AttributeError, pickle.PicklingError)):
+            manager.savepoint() if savepoint else manager.commit()
+        manager.abort()
+        assert "Error in abort" not in caplog.text
+        assert dict(total) == {"stored": 0}
+        total["other"] = 1
+        del new.bad
+        connection.root()["new"] = new
+        manager.commit()
+        with connected(db) as (other, _):
+            assert other.root()["total"]["other"] == 1
+            assert other.root()["new"].stored >= 1
+
+
+# guard: failedcommits.py, `guard_commits_of`: "if that was not done"; removed -> RecursionError
+def test_a_database_that_others_are_opened_beside(tmp_path):
+    databases = {}
+    with contextlib.closing(dz.open(tmp_path / "x.fs", databases=databases, database_name="x")) as db:
+        for _ in range(sys.getrecursionlimit()):
+            guard_commits_of(db)
+        dz.open("memory://", databases=databases, database_name="y").close()
+        with contextlib.ExitStack() as stack:
+            for _ in range(2):  # (one is kept from when it was opened)
+                stack.enter_context(connected(db))
