@@ -143,6 +143,7 @@ def interrupted_at(nth, does):
 
 
 # guard: failedcommits.py, `_Walk`; removed -> POSKeyError when it is read
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Ctrl-C may come in a callback
 @pytest.mark.parametrize("explicit", [False, True])
 @pytest.mark.parametrize("step", [37, pytest.param(7, marks=pytest.mark.slow)])  # (1 holds, too)
 def test_ctrl_c_while_new_objects_are_stored(tmp_path, step, explicit):
